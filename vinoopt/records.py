@@ -1,0 +1,561 @@
+"""Every frozen record that crosses a floor of the house: read this file first.
+
+Records hold facts, never arrays or models, and are changed with `record.model_copy(update=...)` through
+`serde.replace`. They validate when they are built, and `serde` writes and reads them as JSON or TOML; an
+unknown key is an error. Shapes are tuples, sets are sorted tuples, and every figure says in its name what
+unit it has.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vinoopt.errors import TargetError
+
+
+class Record(BaseModel):
+    """Base of all records: frozen, keyword-only, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
+
+
+class _Word(str, Enum):
+    """An enumeration whose members print as their value."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+# --------------------------------------------------------------------------- vocabulary
+
+
+class Device(_Word):
+    """A device in OpenVINO's spelling."""
+
+    CPU = "CPU"
+    GPU = "GPU"
+    NPU = "NPU"
+
+
+class Precision(_Word):
+    """A number format for weights and activations."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class Evidence(_Word):
+    """What stands behind a figure. No figure is shown without it."""
+
+    MEASURED = "measured"
+    """Taken on a device of this machine."""
+    EMULATED = "emulated"
+    """This host under another CPU's instruction set: accuracy counts, of times only ratios do."""
+    MODELLED = "modelled"
+    """A cost model said so."""
+    COMPILED = "compiled"
+    """The vendor's compiler accepted it; no time is known."""
+    NOT_CHECKED = "not checked"
+    """Toolchain missing, crashed or timed out; says nothing about the model."""
+
+
+class Preset(_Word):
+    """NNCF's quantization presets."""
+
+    PERFORMANCE = "performance"
+    MIXED = "mixed"
+
+
+class DropType(_Word):
+    """How an accuracy drop is counted, in NNCF's words."""
+
+    ABSOLUTE = "absolute"
+    """Float value minus compressed value."""
+    RELATIVE = "relative"
+    """The same, divided by the float value."""
+
+
+class TrialState(_Word):
+    """How a trial of the search ended."""
+
+    COMPLETE = "complete"
+    OVER_BUDGET = "over_budget"
+    FAILED = "failed"
+
+
+class Verdict(_Word):
+    """What the test part says about the drop."""
+
+    PROVEN = "proven"
+    """The whole 95% interval lies inside the budget."""
+    POINT_ESTIMATE = "point_estimate"
+    """The drop is inside the budget, but its interval reaches beyond it."""
+    OUTSIDE = "outside"
+    """The drop is larger than the budget."""
+
+
+_DEVICE_ALIASES = {"VPU": Device.NPU, "IGPU": Device.GPU, "DGPU": Device.GPU}
+
+
+# --------------------------------------------------------------------------- targets and hardware
+
+
+class Target(Record):
+    """Where the result will run: a hardware profile and one of its devices."""
+
+    profile: str
+    device: Device
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read `"lunar-lake:NPU"`, `"host:CPU"`, or a bare profile name (then its CPU).
+
+        `VPU` is accepted for `NPU`, `iGPU` for `GPU`, in any case. A profile may be a path to a TOML file.
+        Raises `TargetError` for an unknown device.
+        """
+        profile, colon, device_text = text.rpartition(":")
+        if not colon or "/" in device_text or "\\" in device_text:
+            profile, device_text = text, "CPU"
+        word = device_text.upper()
+        device = _DEVICE_ALIASES.get(word) or next((d for d in Device if d.value == word), None)
+        if not profile or device is None:
+            raise TargetError(
+                f'target "{text}" is not PROFILE:DEVICE with a device of {", ".join(Device)}; '
+                'for example "host:CPU" or "lunar-lake:NPU"'
+            )
+        return cls(profile=profile, device=device)
+
+    def __str__(self) -> str:
+        return f"{self.profile}:{self.device}"
+
+    @property
+    def slug(self) -> str:
+        """The name of this target's folder in a bundle."""
+        stem = self.profile.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".toml")
+        return f"{stem}-{self.device}".lower()
+
+
+class Figure(Record):
+    """A figure about hardware and where it comes from."""
+
+    value: float
+    source: str = Field(min_length=1)
+
+
+class CpuOffline(Record):
+    """How another CPU's instruction set is emulated on this host (oneDNN's ISA cap)."""
+
+    isa_cap: str
+    has_vnni: bool
+    """Without VNNI, INT8 sums saturate at 16 bits: NNCF's overflow fix is on and accuracy is judged under the cap."""
+
+
+class GpuOffline(Record):
+    """What Intel's OpenCL driver needs to compile for this GPU without one, and how the result is checked."""
+
+    families: tuple[str, ...]
+    """Values of `ProductFamilyOverride`, tried in order."""
+    hardware: str
+    """`<slices>x<subslices>x<EUs per subslice>`."""
+    device_id: str
+    """PCI id, as `0x....`."""
+    min_driver: str
+    """The oldest driver release (`YY.WW`) that was seen to serve it."""
+    architecture: str
+    """`DEVICE_ARCHITECTURE`'s leading part that must come back, as `12.3`."""
+    execution_units: int
+    has_int8: bool
+    has_xmx: bool
+
+
+class NpuOffline(Record):
+    """What the NPU compiler needs to compile for this NPU without one."""
+
+    platform: str
+    """Value of `NPU_PLATFORM`, as `4000`."""
+
+
+class DeviceSpec(Record):
+    """One device of a hardware profile."""
+
+    kind: Device
+    name: str
+    architecture: str
+    precisions: tuple[Precision, ...]
+    """Formats with native arithmetic, fastest first."""
+    channel_multiple: int = Field(ge=1)
+    """Channel counts that fill the vector or matrix unit; widths are offered in steps of it."""
+    cores: int | None = None
+    memory_bytes: Figure | None = None
+    bandwidth_gb_per_s: Figure | None = None
+    peak_gops: dict[Precision, Figure] = Field(default_factory=dict)
+    """Multiply and add counted as two operations, per second, in 10^9."""
+    offline: CpuOffline | GpuOffline | NpuOffline | None = None
+    """How it is compiled for on a machine that lacks it; None: it cannot be."""
+    tuning: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """OpenVINO property -> values worth trying on this device."""
+    last_openvino: str | None = None
+    """The last OpenVINO release that served the device, where support has ended."""
+
+
+class HardwareProfile(Record):
+    """A product that a deployment engineer meets, from a file in `hw_profiles/`, or this machine."""
+
+    name: str
+    title: str
+    family: str
+    sources: tuple[str, ...] = ()
+    devices: dict[Device, DeviceSpec]
+    notes: tuple[str, ...] = ()
+
+
+class HostFingerprint(Record):
+    """The machine and software that a figure was measured on."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    os: str
+    python: str
+    versions: dict[str, str]
+    """Package -> version: openvino, nncf, onnx, numpy, vinoopt."""
+    devices: dict[str, str]
+    """OpenVINO device -> its full name."""
+
+
+# --------------------------------------------------------------------------- models and data
+
+
+class TensorSpec(Record):
+    """An input or output of a model."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    """A size, `"?"` for any, or `"1..8"` for bounds."""
+    dtype: str
+    """numpy's name, as `float32`."""
+    layout: str | None = None
+
+
+class PreprocessSpec(Record):
+    """Preprocessing of one image input, embedded into the graph."""
+
+    input: str | None = None
+    """The model input it belongs to; None: the only input."""
+    image_layout: str = "NHWC"
+    """Layout of what the user feeds."""
+    model_layout: str = "NCHW"
+    """Layout of the ONNX input."""
+    colour_order: str = "RGB"
+    """Channel order the model was trained with: `RGB` or `BGR`. Images are fed as RGB."""
+    mean: tuple[float, ...] = ()
+    """Per channel in the model's colour order, or one value; subtracted first."""
+    scale: tuple[float, ...] = ()
+    """Per channel in the model's colour order, or one value; divided by after the mean."""
+    resize: str | None = None
+    """How an image of another size is brought to the model's: `squash`, `crop` (shorter side, then centre
+    crop) or `letterbox`; None: images must have the model's size."""
+    pad_value: float = 114.0
+    """Fill of the letterbox, in image units."""
+
+
+class PruningGroup(Record):
+    """Channels that live or die together."""
+
+    name: str
+    """The producer that comes first in the graph."""
+    units: int
+    """How many units (channels, heads, groups of a grouped convolution) it has."""
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    is_prunable: bool
+    reason: str = ""
+    """Why it is not prunable."""
+    kind: str = "channels"
+    """`channels`, `heads`, `groups`."""
+
+
+class GroupWidth(Record):
+    """The units of one group that stay."""
+
+    group: str
+    kept: tuple[int, ...]
+
+
+class QuantizationPlan(Record):
+    """Everything that one NNCF run needs beyond model and data."""
+
+    preset: Preset = Preset.PERFORMANCE
+    subset_size: int = 300
+    float_layers: tuple[str, ...] = ()
+    """Names of layers left in float: NNCF's ignored scope."""
+    fast_bias_correction: bool = True
+    smooth_quant_alpha: float | None = None
+    """None: NNCF's default for the model type; -1: off."""
+    activation_range: str | None = None
+    """None: NNCF's default; else `minmax`, `mean_minmax`, `quantile`, `histogram`."""
+    is_transformer: bool = False
+    overflow_fix: bool = False
+    """For CPUs without VNNI, whose INT8 sums saturate at 16 bits."""
+
+
+class WeightCompressionPlan(Record):
+    """Weight-only compression with `nncf.compress_weights`."""
+
+    mode: str = "int8_asym"
+    ratio: float = 1.0
+    group_size: int = -1
+    float_layers: tuple[str, ...] = ()
+
+
+class CompressionPlan(Record):
+    """One point of the joint search: widths, precisions, and the float format for what is not quantized."""
+
+    widths: tuple[GroupWidth, ...] = ()
+    """Groups that lose units; a group that is not named keeps all."""
+    quantization: QuantizationPlan | None = None
+    weights: WeightCompressionPlan | None = None
+    float_precision: Precision = Precision.F32
+
+    @property
+    def title(self) -> str:
+        """A short name for tables: `f32`, `bf16`, `int8`, `int8+f32(3)`, `pruned int8`."""
+        parts = ["pruned "] if self.widths else []
+        if self.quantization is not None:
+            parts.append("int8")
+            if self.quantization.float_layers:
+                parts.append(f"+{self.float_precision}({len(self.quantization.float_layers)})")
+            elif self.float_precision is not Precision.F32:
+                parts.append(f"/{self.float_precision}")
+        elif self.weights is not None:
+            parts.append(f"{self.weights.mode} weights")
+        else:
+            parts.append(str(self.float_precision))
+        return "".join(parts)
+
+
+# --------------------------------------------------------------------------- accuracy
+
+
+class AccuracyBudget(Record):
+    """How much accuracy may be given up, and how it is counted."""
+
+    metric: str = "auto"
+    """A metric's name; `auto`: top1 with labels, else agreement for classifiers and cosine otherwise."""
+    max_drop: float = Field(default=0.01, ge=0)
+    drop_type: DropType = DropType.ABSOLUTE
+
+
+class Accuracy(Record):
+    """A metric's value over so many samples."""
+
+    metric: str
+    value: float
+    samples: int
+    higher_is_better: bool = True
+
+
+class Drop(Record):
+    """A paired drop against the float model on the same samples, with its 95% interval."""
+
+    metric: str
+    drop_type: DropType
+    reference: float
+    candidate: float
+    value: float
+    low: float
+    high: float
+    samples: int
+    method: str
+    """How the interval was found, as `bootstrap (2000)` or `exact`."""
+    verdict: Verdict
+    samples_to_prove: int | None = None
+    """About how many samples would prove this drop inside the budget; None where it is proven or outside."""
+
+
+# --------------------------------------------------------------------------- runtime and measurement
+
+
+class RuntimeProperties(Record):
+    """OpenVINO's own property keys and values, sorted by key."""
+
+    items: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, properties: dict[str, Any]) -> RuntimeProperties:
+        """Sorted record of a dictionary as `core.compile_model` takes it."""
+        return cls(items=tuple(sorted((str(k), str(v)) for k, v in properties.items())))
+
+    def as_dict(self) -> dict[str, str]:
+        """What `core.compile_model` takes."""
+        return dict(self.items)
+
+
+class Measurement(Record):
+    """Latency of one contestant on one device, with what stands behind it."""
+
+    name: str
+    device: str
+    evidence: Evidence
+    latency_p50_ms: float
+    latency_p90_ms: float | None = None
+    latency_p99_ms: float | None = None
+    throughput_per_s: float | None = None
+    samples: int = 0
+    rounds_ms: tuple[float, ...] = ()
+    """Median latency of each interleaved round."""
+    compile_ms: float | None = None
+    first_inference_ms: float | None = None
+    size_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    source: str = ""
+    """Which cost model or emulation said so, with its known error; empty where measured."""
+    warnings: tuple[str, ...] = ()
+
+
+class Comparison(Record):
+    """How much faster `candidate` is than `reference`, from the same interleaved rounds."""
+
+    reference: str
+    candidate: str
+    speedup: float
+    low: float
+    high: float
+    is_significant: bool
+    evidence: Evidence
+
+
+class LayerReport(Record):
+    """What one layer of a compiled model became."""
+
+    name: str
+    type: str
+    precision: str
+    kernel: str = ""
+    time_us: float | None = None
+
+
+class Diagnostic(Record):
+    """Something that a compiler or a check wants the user to know."""
+
+    severity: str
+    """`info`, `warning`, `error`."""
+    code: str
+    message: str
+    layer: str | None = None
+
+
+class Build(Record):
+    """A model compiled for a target."""
+
+    target: Target
+    toolchain: str
+    """Which toolchain and version made it, as `openvino 2026.4.1 CPU`."""
+    evidence: Evidence
+    properties: RuntimeProperties = RuntimeProperties()
+    blob: str | None = None
+    """Path of the blob; None where none may be shipped."""
+    blob_sha256: str | None = None
+    compile_ms: float | None = None
+    latency_ms: float | None = None
+    """Modelled or emulated end-to-end latency, where the toolchain gives one; see `evidence`."""
+    is_lower_bound: bool = False
+    memory_bytes: int | None = None
+    layers: tuple[LayerReport, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
+    details: dict[str, str] = Field(default_factory=dict)
+
+
+class Availability(Record):
+    """Whether a toolchain can be used here, and if not, what is missing and how to get it."""
+
+    ok: bool
+    name: str
+    version: str | None = None
+    reason: str = ""
+    fix: str = ""
+
+
+# --------------------------------------------------------------------------- search and result
+
+
+class Trial(Record):
+    """One candidate that was built and judged whole."""
+
+    number: int
+    plan: CompressionPlan
+    state: TrialState
+    target: str
+    accuracy: Accuracy | None = None
+    drop: float | None = None
+    """On the search part, in the budget's drop type."""
+    latency: Measurement | None = None
+    seconds: float = 0.0
+    error: str = ""
+    note: str = ""
+
+
+class CompileRequest(Record):
+    """All that was asked of `compile`, seed included."""
+
+    model: str
+    targets: tuple[Target, ...]
+    output: str | None = None
+    data: str | None = None
+    labels: str | None = None
+    calibration_data: str | None = None
+    budget: AccuracyBudget = AccuracyBudget()
+    preprocess: tuple[PreprocessSpec, ...] = ()
+    shape: str | None = None
+    preset: Preset | None = None
+    subset_size: int = Field(default=300, ge=1)
+    ignored_scope: tuple[str, ...] = ()
+    quantize: bool = True
+    prune: bool = True
+    max_pruning: float = Field(default=0.5, ge=0, lt=1)
+    effort: str = "balanced"
+    time_limit_s: float | None = None
+    seed: int = 0
+    allow_code: bool = False
+    """Whether `module:attribute` data and metrics may be imported, which runs code."""
+
+
+class TargetResult(Record):
+    """What came out for one target."""
+
+    target: Target
+    plan: CompressionPlan
+    drop: Drop | None
+    budget_met: bool
+    measurements: tuple[Measurement, ...]
+    comparisons: tuple[Comparison, ...]
+    properties: RuntimeProperties
+    build: Build
+    reasons: tuple[str, ...] = ()
+    """Plain sentences: why this candidate, why not another."""
+
+
+class Manifest(Record):
+    """All that happened, kept in the bundle as `manifest.json`."""
+
+    schema_version: int = 1
+    request: CompileRequest
+    host: HostFingerprint
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    model_sha256: str
+    splits: dict[str, int]
+    float_accuracy: Accuracy | None
+    targets: tuple[TargetResult, ...]
+    trials: int
+    seconds: float
+    peak_memory_bytes: int | None = None
+    messages: tuple[str, ...] = ()
+    files: dict[str, str] = Field(default_factory=dict)
+    """Path inside the bundle -> sha256."""
