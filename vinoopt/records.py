@@ -258,9 +258,14 @@ class PreprocessSpec(Record):
     """Per channel in the model's colour order, or one value; subtracted first."""
     scale: tuple[float, ...] = ()
     """Per channel in the model's colour order, or one value; divided by after the mean."""
-    resize: str | None = None
-    """How an image of another size is brought to the model's: `squash`, `crop` (shorter side, then centre
-    crop) or `letterbox`; None: images must have the model's size."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of the images that will be fed, where they differ from the model's: the graph then
+    resizes them."""
+    resize: str = "linear"
+    """Interpolation of the resize in the graph: `linear`, `cubic`, `nearest`."""
+    fit: str = "crop"
+    """How an image *file* of another size is brought to the size that is fed: `squash`, `crop` (shorter side,
+    then centre crop) or `letterbox` (top left). Done when files are loaded, never in the graph."""
     pad_value: float = 114.0
     """Fill of the letterbox, in image units."""
 

@@ -1,0 +1,1 @@
+"""Joint pruning and quantization of an OpenVINO model."""

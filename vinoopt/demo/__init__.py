@@ -1,0 +1,1 @@
+"""A real model and real images, so that the main job runs on a fresh machine."""

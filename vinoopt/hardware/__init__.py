@@ -1,0 +1,1 @@
+"""Hardware profile files and what this machine has."""
