@@ -212,6 +212,8 @@ class HardwareProfile(Record):
     family: str
     sources: tuple[str, ...] = ()
     devices: dict[Device, DeviceSpec]
+    cpu_match: tuple[str, ...] = ()
+    """Regular expressions for the CPU's brand text by which this machine is recognised as the product."""
     notes: tuple[str, ...] = ()
 
 
@@ -296,8 +298,9 @@ class GroupWidth(Record):
 class QuantizationPlan(Record):
     """Everything that one NNCF run needs beyond model and data."""
 
-    preset: Preset = Preset.PERFORMANCE
-    subset_size: int = 300
+    preset: Preset | None = None
+    """None: NNCF's own choice (performance; mixed for transformers)."""
+    subset_size: int = Field(default=300, ge=1)
     float_layers: tuple[str, ...] = ()
     """Names of layers left in float: NNCF's ignored scope."""
     fast_bias_correction: bool = True
