@@ -29,7 +29,7 @@ from vinoopt.records import (
 _CPUINFO = Path("/proc/cpuinfo")
 _PACKAGES = ("openvino", "nncf", "onnx", "numpy")
 _GPU_CHANNELS = {False: 16, True: 32}
-"""Channels of one block of OpenVINO's GPU layouts (`b_fs_yx_fsv16`); with XMX, of one int8 step (has XMX -> n)."""
+"""Has XMX -> channels of one block of OpenVINO's GPU layouts (`b_fs_yx_fsv16`), or of one int8 XMX step."""
 _NPU_CHANNELS = 16
 _NOTE_NO_FLAGS = "this system does not list the CPU's flags: its instruction set was taken from its name"
 _CAPTURE_VARIABLE = "SetCommandStreamReceiver"
@@ -123,7 +123,7 @@ def _cpu_spec(core: ov.Core, flags: frozenset[str]) -> DeviceSpec:
 
 
 def _level_of_match(brand: str) -> isa.Isa | None:
-    """The instruction set that a shipped profile knows for this CPU's name, for systems that list no flags."""
+    """What a shipped profile knows about this CPU's instruction set, for systems that list no flags."""
     matched = match_cpu(brand)
     for profile in list_profiles():
         spec = profile.devices.get(Device.CPU)

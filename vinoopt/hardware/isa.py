@@ -18,7 +18,7 @@ class Isa:
     flags: frozenset[str]
     """What `/proc/cpuinfo` must list for a CPU to run it."""
     channel_multiple: int
-    """Channels of one block of oneDNN's layouts: 8 up to 256 bit, 16 at 512 bit, 64 (one row) in AMX tiles."""
+    """Channels of one block of oneDNN's layouts: 8 up to 256 bit, 16 at 512 bit, 64 for AMX."""
     has_vnni: bool = False
     has_bf16: bool = False
     has_f16: bool = False

@@ -13,7 +13,6 @@ from vinoopt.errors import ProfileError, TargetError
 from vinoopt.hardware.isa import ISAS
 from vinoopt.records import (
     CpuOffline,
-    Device,
     DeviceSpec,
     Diagnostic,
     GpuOffline,
@@ -86,9 +85,8 @@ def resolve(target: Target) -> DeviceSpec:
         raise TargetError(f'target "{target}": {profile.title} has no {target.device}; it has {here}')
     if spec.last_openvino is not None:
         raise TargetError(
-            f'target "{target}": OpenVINO {spec.last_openvino} was the last release that served {spec.name}; '
-            f"this version cannot compile for it. Deploy with OpenVINO {spec.last_openvino}, or choose another "
-            "device"
+            f'target "{target}": OpenVINO {spec.last_openvino} was the last release for {spec.name}; '
+            f"this version cannot compile for it. Deploy with that release, or choose another device"
         )
     return spec
 
