@@ -199,8 +199,8 @@ def serve(answer: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
     """Answer the one request that lies in the working directory; errors of our tree go into the reply.
 
     Does nothing in a process that multiprocessing started by `spawn`; a fork server imports modules without
-    a name of its own, hence the guard shown at the top of this file. Any other exception ends the child with a
-    traceback on standard error and no reply, which the parent reports as a crash.
+    a name of its own, hence the guard shown at the top of this file. Any other exception ends the child with
+    a traceback on standard error and no reply, which the parent reports as a crash.
     """
     if multiprocessing.current_process().name != "MainProcess":
         return
