@@ -449,6 +449,32 @@ class LayerReport(Record):
     time_us: float | None = None
 
 
+class OutputParity(Record):
+    """How far one output of the normalised model is from the ONNX file's, over all samples."""
+
+    name: str
+    ok: bool
+    max_abs_error: float
+    max_rel_error: float
+    """Largest error over the output's largest magnitude; for integers the share of values that differ."""
+    tolerance: float
+    """Of `max_rel_error`."""
+    note: str = ""
+    """What else differs: shape, type, where a value is not finite."""
+
+
+class ParityReport(Record):
+    """The normalised model against the ONNX file run by ONNX Runtime, in float32 on this CPU."""
+
+    checked: bool
+    ok: bool
+    """False where it was not checked."""
+    reason: str = ""
+    """Why it was not checked, or which output differs by how much; empty where all is equal."""
+    samples: int = 0
+    outputs: tuple[OutputParity, ...] = ()
+
+
 class Diagnostic(Record):
     """Something that a compiler or a check wants the user to know."""
 

@@ -76,6 +76,8 @@ class OnnxFile:
     outputs: tuple[TensorSpec, ...]
     quantized: str
     """Why it counts as already quantized; empty where it does not."""
+    has_half_precision: bool
+    """Whether anything in it is float16 or bfloat16."""
     sha256: str
     """Over the file and its external data."""
     size_bytes: int
@@ -110,6 +112,7 @@ def load_onnx(path: Path) -> OnnxFile:
         inputs=inputs,
         outputs=outputs,
         quantized=_quantized(proto),
+        has_half_precision=_has_half_precision(proto),
         sha256=_sha256(path, external),
         size_bytes=sum(file.stat().st_size for file in (path, *external)),
         external_data=external,
@@ -253,6 +256,17 @@ def _names(proto: onnx.ModelProto) -> frozenset[str]:
     return frozenset(names - {""})
 
 
+def _has_half_precision(proto: onnx.ModelProto) -> bool:
+    half = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    doors = (*proto.graph.input, *proto.graph.output)
+    casts = (a.i for node, _ in walk_nodes(proto) for a in node.attribute if a.name in ("to", "dtype"))
+    return (
+        any(value.type.tensor_type.elem_type in half for value in doors)
+        or any(tensor.data_type in half for tensor in _tensors(proto))
+        or any(kind in half for kind in casts)
+    )
+
+
 def _quantized(proto: onnx.ModelProto) -> str:
     counts = Counter(
         node.op_type
@@ -303,7 +317,8 @@ def _not_a_tensor(path: Path, name: str, role: str, kind: str, graph: onnx.Graph
     hint = " (scikit-learn exporters: options={'zipmap': False})" if producer.op_type == "ZipMap" else ""
     return (
         f'{path}: output "{name}" is a {what}, not a tensor: it comes from {describe(producer)}, which '
-        f"OpenVINO has no operator for; end the model before it, at {before}, with onnx.utils.extract_model{hint}"
+        f"OpenVINO has no operator for; end the model before it, at {before}, "
+        f"with onnx.utils.extract_model{hint}"
     )
 
 

@@ -122,8 +122,8 @@ def _read(onnx: OnnxFile) -> ov.Model:
         raise refusal.explain(onnx.path, str(exc), onnx.complaint) from exc
     if len(model.inputs) != len(onnx.inputs) or len(model.outputs) != len(onnx.outputs):
         raise UnsupportedModelError(
-            f"{onnx.path}: OpenVINO reads {len(model.inputs)} inputs and {len(model.outputs)} outputs where the "
-            f"file has {len(onnx.inputs)} and {len(onnx.outputs)}; remove inputs and outputs that are named twice"
+            f"{onnx.path}: OpenVINO reads {len(model.inputs)} inputs, {len(model.outputs)} outputs where "
+            f"the file has {len(onnx.inputs)} and {len(onnx.outputs)}; remove what is named twice"
         )
     return model
 
@@ -134,7 +134,7 @@ def _messages(onnx: OnnxFile, inner: list[str], inputs: tuple[TensorSpec, ...]) 
     if onnx.quantized:
         yield f"already quantized ({onnx.quantized}): taken as it is"
     if inner:
-        yield f"the model computes in {' and '.join(inner)}: float32 is used inside, the same types at the door"
+        yield f"the model computes in {' and '.join(inner)}: float32 inside, the same types at the door"
     open_inputs = [spec.name for spec in inputs if any(isinstance(dim, str) for dim in spec.shape)]
     if open_inputs:
         yield f"open dimensions in {', '.join(open_inputs)}: kept; --shape fixes them"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset13 as ops
 from openvino.preprocess import ColorFormat, PrePostProcessor, ResizeAlgorithm
 
 from vinoopt import serde
@@ -161,3 +165,46 @@ def _embed_one(processor: PrePostProcessor, model: ov.Model, index: int, spec: P
         steps.scale(list(spec.scale) if len(spec.scale) > 1 else spec.scale[0])
     if port.get_element_type() != ov.Type.f32:
         steps.convert_element_type(port.get_element_type())
+
+
+# --------------------------------------------------------------------------- the same outside the graph
+
+
+def compute(spec: PreprocessSpec, images: NDArray[Any], tensor: TensorSpec) -> NDArray[Any]:
+    """What the model input `tensor` takes for `images` fed with `spec`, computed outside the graph.
+
+    Written apart from `embed`, so that each checks the other; the resize alone is OpenVINO's too.
+    """
+    order = spec.image_layout
+    axes = [order.index(axis) for axis in ("N" if "N" in order else "") + "HWC"]
+    values = np.asarray(images, dtype=np.float32).transpose(axes)
+    if spec.image_size is not None:
+        size = [int(tensor.shape[spec.model_layout.index(axis)]) for axis in "HW"]
+        values = _resized(values, size, spec.resize)
+    if spec.colour_order == "BGR":
+        values = values[..., ::-1]
+    if spec.mean:
+        values = values - np.asarray(spec.mean, dtype=np.float32)
+    if spec.scale:
+        values = values / np.asarray(spec.scale, dtype=np.float32)
+    ordered = ("N" if "N" in order else "") + "HWC"
+    values = values.transpose([ordered.index(axis) for axis in spec.model_layout])
+    return np.ascontiguousarray(values.astype(tensor.dtype))
+
+
+def _resized(values: NDArray[Any], size: list[int], mode: str) -> NDArray[Any]:
+    """Height and width of ([N,] H, W, C) values brought to `size`, half-pixel centres, no antialiasing."""
+    image = ops.parameter(list(values.shape), ov.Type.f32)
+    axes = [values.ndim - 3, values.ndim - 2]
+    modes = {"linear": "linear_onnx", "cubic": "cubic", "nearest": "nearest"}
+    resized = ops.interpolate(
+        image,
+        np.array(size, dtype=np.int64),
+        np.ones(2, dtype=np.float32),
+        modes[mode],
+        "sizes",
+        axes=np.array(axes, dtype=np.int64),
+    )
+    model = ov.Model([resized], [image], "resize")
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.array(compiled([values])[0])

@@ -75,7 +75,7 @@ def spec_shape(shape: ov.PartialShape) -> tuple[int | str, ...]:
 
 
 def require_static(inputs: tuple[TensorSpec, ...], *, device: Device, shown: str = "") -> None:
-    """Raise `ShapeError` where an input has a dimension without a size; names each and the flag that fixes it.
+    """Raise `ShapeError` where an input has a dimension without a size; names each, and the flag that helps.
 
     `inputs` are the ONNX file's own; `shown` names the model in the message.
     """
