@@ -26,7 +26,7 @@ class _Word(str, Enum):
     """An enumeration whose members print as their value."""
 
     def __str__(self) -> str:
-        return self.value
+        return str(self.value)
 
 
 # --------------------------------------------------------------------------- vocabulary

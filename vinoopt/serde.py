@@ -55,7 +55,8 @@ def from_mapping(kind: type[R], mapping: Any, *, where: str, error: type[InputEr
 def read_toml(path: Path, *, error: type[InputError] = InputError) -> dict[str, Any]:
     """The parsed TOML file; raises `error` where it is absent or malformed."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        return table
     except FileNotFoundError as exc:
         raise error(f"{path}: no such file") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:

@@ -134,11 +134,14 @@ def _translated(what: str) -> Iterator[None]:
     """NNCF's errors have no common root: those that its code raises on purpose become `CompressionError`."""
     from nncf import errors
 
-    known = tuple(
-        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    known: tuple[type[Exception], ...] = (
+        RuntimeError,
+        ValueError,
+        LookupError,
+        *(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)),
     )
     try:
         yield
-    except (*known, RuntimeError, ValueError, KeyError, IndexError) as exc:
+    except known as exc:
         first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
         raise CompressionError(f"NNCF {what} failed: {first}") from exc

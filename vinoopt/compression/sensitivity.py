@@ -1,8 +1,8 @@
 """How much the model's outputs suffer from one choice alone: the damage table of the search.
 
-Label-free: the divergence of a candidate's outputs from the float model's on a few held-back samples. Nothing
-here knows names of heads or tails: a layer whose range is wide or whose output feeds a box decoder or a softmax
-shows it in the outputs.
+Label-free: the divergence of a candidate's outputs from the float model's on a few held-back samples.
+Nothing here knows names of heads or tails: a layer whose range is wide, or whose output feeds a box decoder or
+a softmax, shows it in the outputs.
 """
 
 from __future__ import annotations

@@ -1,0 +1,81 @@
+"""Results kept by content: nothing is computed twice for the same model, data and versions.
+
+Everything lies under one folder of the user's cache (`VINOOPT_CACHE_DIR`, else `XDG_CACHE_HOME/vinoopt`, else
+`~/.cache/vinoopt`). An entry is written beside its place and renamed when complete, so an interrupted run
+leaves nothing that a later one could mistake for a result. Failures are never kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """Where results and prepared toolchains are kept for this user; not created here."""
+    if own := os.environ.get("VINOOPT_CACHE_DIR"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "vinoopt"
+
+
+def digest(*parts: object) -> str:
+    """Hex digest of strings, numbers, and nestings of them; the order counts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """The entries of one run: everything that depends on the same model, data and versions."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, *key: object, root: Path | None = None) -> Store:
+        """The store for `key`, made where it is new."""
+        folder = (root or cache_folder() / "runs") / digest(*key)[:24]
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder)
+
+    def json(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The JSON value kept under `name`, else what `compute` gives, which is then kept."""
+        path = self.folder / f"{name}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        value = compute()
+        with self.writing(path.name) as part:
+            part.write_text(json.dumps(value), encoding="utf-8")
+        return value
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write to, which becomes `name` when the block ends without an error."""
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".part-") as folder:
+            part = Path(folder) / name
+            yield part
+            part.replace(self.folder / name)
+
+    def lines(self, name: str) -> list[str]:
+        """Complete lines of the journal `name`; a last line that was cut off is dropped."""
+        path = self.folder / name
+        if not path.is_file():
+            return []
+        return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+    def append(self, name: str, line: str) -> None:
+        """Add a line to the journal `name` and have it on disk when this returns."""
+        with (self.folder / name).open("a", encoding="utf-8") as journal:
+            journal.write(line.replace("\n", " ") + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def clear(self, name: str) -> None:
+        """Forget the journal or entry `name`."""
+        (self.folder / name).unlink(missing_ok=True)
