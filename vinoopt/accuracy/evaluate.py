@@ -1,0 +1,410 @@
+"""Model x dataset x metric to an accuracy, and two accuracies to a paired drop with its 95% interval."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from vinoopt.accuracy import intervals
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.accuracy.metrics import Metric
+from vinoopt.errors import DataError, DeviceError, MetricError
+from vinoopt.records import Accuracy, AccuracyBudget, Drop, DropType, Verdict
+
+Array = NDArray[Any]
+Progress = Callable[[int, int], None]
+"""Called with calls done and calls in all."""
+
+MEMORY_BYTES = 256 << 20
+"""Predictions beyond it go to a temporary file."""
+
+
+# --------------------------------------------------------------------------- predictions
+
+
+class Predictions:
+    """Outputs of a model for every call of a dataset, in its order; large ones lie in a temporary file."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=MEMORY_BYTES)  # noqa: SIM115
+        self._calls: list[tuple[tuple[str, str, tuple[int, ...], int], ...]] = []
+        self._end = 0
+
+    def append(self, outputs: Mapping[str, Array]) -> None:
+        """Add one call's outputs."""
+        call = []
+        for name, values in outputs.items():
+            self._file.seek(self._end)
+            self._file.write(np.ascontiguousarray(values).tobytes())
+            call.append((name, values.dtype.str, values.shape, self._end))
+            self._end += values.nbytes
+        self._calls.append(tuple(call))
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __getitem__(self, index: int) -> dict[str, Array]:
+        """Output name -> array for one call."""
+        outputs: dict[str, Array] = {}
+        for name, dtype, shape, start in self._calls[index]:
+            self._file.seek(start)
+            count = int(np.prod(shape, dtype=np.int64))
+            raw = self._file.read(count * np.dtype(dtype).itemsize)
+            outputs[name] = np.frombuffer(raw, dtype=dtype, count=count).reshape(shape)
+        return outputs
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        return (self[index] for index in range(len(self)))
+
+
+def predict(
+    model: ov.Model | ov.CompiledModel,
+    dataset: Dataset,
+    *,
+    properties: Mapping[str, str] | None = None,
+    device: str = "CPU",
+    progress: Progress | None = None,
+) -> Predictions:
+    """The model's outputs for every call of the dataset, in its order.
+
+    A model that is not compiled yet is compiled for `device` with `properties`; the float reference on a CPU
+    needs `INFERENCE_PRECISION_HINT` `f32`. Variables of stateful models are reset before every call. Raises
+    `DeviceError` where OpenVINO cannot compile or run it.
+    """
+    compiled = _compiled(model, device, properties or {})
+    names = [_output_name(output, number) for number, output in enumerate(compiled.outputs)]
+    store, waiting = Predictions(), dict[int, dict[str, Array]]()
+    total = len(dataset)
+
+    def collect(request: ov.InferRequest, userdata: tuple[int, Any]) -> None:
+        values = [np.array(request.get_output_tensor(n).data) for n in range(len(names))]
+        waiting[userdata[0]] = dict(zip(names, values, strict=True))
+
+    def flush() -> None:
+        while len(store) in waiting:
+            store.append(waiting.pop(len(store)))
+        if progress is not None:
+            progress(len(store), total)
+
+    try:
+        queue = ov.AsyncInferQueue(compiled)
+        queue.set_callback(collect)
+        is_stateful = bool(compiled.create_infer_request().query_state())
+        for index in range(total):
+            sample = dataset[index]
+            if is_stateful:
+                queue[queue.get_idle_request_id()].reset_state()
+            # The sample travels with the request: its memory is shared and must outlive the inference.
+            queue.start_async(sample, userdata=(index, sample), share_inputs=True)
+            flush()
+        queue.wait_all()
+    except RuntimeError as exc:
+        raise DeviceError(f"inference on {device} failed: {exc}") from exc
+    flush()
+    if len(store) != total:
+        raise DeviceError(f"inference on {device} gave {len(store)} results for {total} calls")
+    return store
+
+
+def _compiled(
+    model: ov.Model | ov.CompiledModel, device: str, properties: Mapping[str, str]
+) -> ov.CompiledModel:
+    if isinstance(model, ov.CompiledModel):
+        return model
+    try:
+        return ov.Core().compile_model(model, device, {"PERFORMANCE_HINT": "THROUGHPUT", **properties})
+    except RuntimeError as exc:
+        raise DeviceError(f"cannot be compiled for {device} with {dict(properties)}: {exc}") from exc
+
+
+def _output_name(output: Any, number: int) -> str:
+    return str(output.get_any_name()) if output.get_names() else f"output_{number}"
+
+
+# --------------------------------------------------------------------------- scores
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Scores:
+    """A metric's statistics, one per sample, and their value."""
+
+    statistics: Sequence[Any]
+    accuracy: Accuracy
+
+    @property
+    def value(self) -> float:
+        """The metric's value over all samples."""
+        return self.accuracy.value
+
+
+def check_fit(metric: Metric, dataset: Dataset) -> None:
+    """Raises `MetricError` or `DataError` where the dataset's labels cannot serve the metric; costs nothing."""
+    if not metric.needs_labels:
+        return
+    if dataset.labels is None:
+        raise MetricError(f'metric "{metric.name}" needs labels, and {dataset.title} has none; give --labels')
+    check = getattr(metric, "check_labels", None)
+    if check is not None:
+        check(dataset.labels)
+
+
+def score(
+    metric: Metric, predictions: Predictions, dataset: Dataset, reference: Predictions | None = None
+) -> Scores:
+    """Statistics of every sample and the metric's value.
+
+    `reference` holds the float model's predictions for the same dataset; a metric that needs it scores the float
+    model perfect against itself. Calls of several samples are taken apart along axis 0. Raises `MetricError` or
+    `DataError` where labels, outputs or lengths do not fit.
+    """
+    check_fit(metric, dataset)
+    for given in (predictions, *([reference] if reference is not None else [])):
+        if len(given) != len(dataset):
+            raise DataError(f"{len(given)} predictions for {len(dataset)} calls of {dataset.title}")
+    labels = dataset.labels if metric.needs_labels else None
+    statistics: list[Any] = []
+    for index, outputs in enumerate(predictions):
+        label = None if labels is None else labels[index]
+        other = None if reference is None else reference[index]
+        parts = dataset.batch if labels is not None or _can_split(outputs, dataset.batch) else 1
+        for part in range(parts):
+            statistics.append(
+                metric.statistic(
+                    _part(outputs, part, parts),
+                    label[part] if parts > 1 and label is not None else label,
+                    None if other is None else _part(other, part, parts),
+                )
+            )
+    accuracy = Accuracy(
+        metric=metric.name,
+        value=float(metric.value(statistics)),
+        samples=len(statistics),
+        higher_is_better=metric.higher_is_better,
+    )
+    return Scores(statistics=statistics, accuracy=accuracy)
+
+
+def _can_split(outputs: Mapping[str, Array], parts: int) -> bool:
+    return parts > 1 and all(values.ndim > 0 and values.shape[0] == parts for values in outputs.values())
+
+
+def _part(outputs: Mapping[str, Array], part: int, parts: int) -> Mapping[str, Array]:
+    if parts == 1:
+        return outputs
+    if not _can_split(outputs, parts):
+        shapes = ", ".join(f'"{name}" {values.shape}' for name, values in outputs.items())
+        raise MetricError(
+            f"outputs of a call of {parts} samples cannot be taken apart along axis 0: {shapes}"
+        )
+    return {name: values[part : part + 1] for name, values in outputs.items()}
+
+
+# --------------------------------------------------------------------------- drops
+
+
+def paired_drop(
+    metric: Metric, reference: Scores, candidate: Scores, *, budget: AccuracyBudget, seed: int
+) -> Drop:
+    """How much worse the candidate is on the same samples, with a 95% interval and a verdict.
+
+    Positive is worse, whichever way the metric points. Shares of hits get Tango's score interval (absolute), Nam
+    and Blackwelder's (relative), or Clopper and Pearson's where the float model is perfect by definition; other
+    means a BCa bootstrap, and other metrics a percentile bootstrap over samples. Raises `MetricError` where a
+    relative drop is asked for and the float model's value is 0.
+    """
+    if len(reference.statistics) != len(candidate.statistics):
+        raise DataError(
+            f"{len(reference.statistics)} and {len(candidate.statistics)} samples cannot be compared in pairs"
+        )
+    relative = budget.drop_type is DropType.RELATIVE
+    sign = 1.0 if metric.higher_is_better else -1.0
+    if relative and reference.value == 0:
+        raise MetricError(
+            f"{metric.name} of the float model is 0, so a relative drop means nothing; use --drop-type absolute"
+        )
+    value = sign * (reference.value - candidate.value) / (abs(reference.value) if relative else 1.0)
+    (low, high), method, needed = _interval(
+        metric, reference, candidate, relative=relative, value=value, limit=budget.max_drop, seed=seed
+    )
+    verdict = _verdict(value, high, budget.max_drop)
+    return Drop(
+        metric=metric.name,
+        drop_type=budget.drop_type,
+        reference=reference.value,
+        candidate=candidate.value,
+        value=value,
+        low=min(low, value),
+        high=max(high, value),
+        samples=len(reference.statistics),
+        method=method,
+        verdict=verdict,
+        samples_to_prove=needed if verdict is Verdict.POINT_ESTIMATE else None,
+    )
+
+
+def _verdict(value: float, high: float, limit: float) -> Verdict:
+    if high <= limit:
+        return Verdict.PROVEN
+    # The comparison is false for NaN, so a value that means nothing is never inside.
+    return Verdict.POINT_ESTIMATE if value <= limit else Verdict.OUTSIDE
+
+
+_Found = tuple[intervals.Interval, str, int | None]
+
+
+def _interval(
+    metric: Metric,
+    reference: Scores,
+    candidate: Scores,
+    *,
+    relative: bool,
+    value: float,
+    limit: float,
+    seed: int,
+) -> _Found:
+    """The interval, how it was found, and how many samples would bring its upper end down to `limit`."""
+    samples = len(reference.statistics)
+    if not np.isfinite(value):
+        return (value, value), "not finite", None
+    if metric.is_mean:
+        before = np.asarray(reference.statistics, dtype=np.float64)
+        after = np.asarray(candidate.statistics, dtype=np.float64)
+        if metric.higher_is_better and _are_hits(before) and _are_hits(after):
+            return _hits_interval(before, after, exact=metric.needs_reference, relative=relative, limit=limit)
+        if np.ptp(before - after) == 0:
+            return _no_change(metric, reference.value, value, relative=relative, samples=samples, limit=limit)
+        sign = 1.0 if metric.higher_is_better else -1.0
+        found, method = intervals.bootstrap_means(sign * before, sign * after, relative=relative, seed=seed)
+    elif _are_same(reference.statistics, candidate.statistics):
+        return _no_change(metric, reference.value, value, relative=relative, samples=samples, limit=limit)
+    else:
+        drops = _drops_of_counts(metric, reference, candidate, relative)
+        found, method = intervals.bootstrap_counts(drops, samples=samples, seed=seed)
+    return found, method, _root_rule(value, found[1], limit, samples)
+
+
+def _are_hits(statistics: Array) -> bool:
+    return bool(np.isin(statistics, (0.0, 1.0)).all())
+
+
+def _are_same(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    """Whether all statistics are equal; only those that are numbers can be told to be."""
+    if not isinstance(before[0], (float, np.ndarray)):
+        return False
+    return all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def _hits_interval(before: Array, after: Array, *, exact: bool, relative: bool, limit: float) -> _Found:
+    samples, both = len(before), float(np.sum(before * after))
+    lost, won = float(before.sum()) - both, float(after.sum()) - both
+
+    def interval(times: float) -> intervals.Interval:
+        if exact:
+            return intervals.exact_interval(lost * times, samples * times)
+        if relative:
+            return intervals.relative_interval(both * times, lost * times, won * times, samples * times)
+        return intervals.difference_interval(lost * times, won * times, samples * times)
+
+    if exact:
+        method = "exact (Clopper-Pearson)"
+    else:
+        method = "score (Nam-Blackwelder)" if relative else "score (Tango)"
+    return interval(1.0), method, _smallest(lambda times: interval(times)[1], limit, samples)
+
+
+def _smallest(high: Callable[[float], float], limit: float, samples: int) -> int | None:
+    """About how many samples bring the upper end down to the limit, where more would look like these."""
+    upper = 1.0
+    while high(upper) > limit:
+        upper *= 2
+        if upper > 1e6:
+            return None
+    lower = upper / 2
+    while upper - lower > 0.005 * upper:
+        middle = (lower + upper) / 2
+        lower, upper = (middle, upper) if high(middle) > limit else (lower, middle)
+    return int(np.ceil(samples * upper))
+
+
+def _no_change(
+    metric: Metric, reference: float, value: float, *, relative: bool, samples: int, limit: float
+) -> _Found:
+    """Every sample changed by the same amount (mostly none), so resampling sees no spread.
+
+    For a share, samples like those that were not drawn could still fall to 0: the exact upper limit of their
+    share, with no event in so many samples, bounds the drop.
+    """
+    if metric.unit != "share":
+        return (value, value), "all samples change alike", None
+    worst = 1.0 if relative else abs(reference)
+
+    def high(times: float) -> float:
+        return value + intervals.exact_interval(0.0, samples * times)[1] * worst
+
+    method = "exact (no sample differs)"
+    return (value, high(1.0)), method, _smallest(high, limit, samples) if value < limit else None
+
+
+def _drops_of_counts(
+    metric: Metric, reference: Scores, candidate: Scores, relative: bool
+) -> Callable[[Array], Array]:
+    sign = 1.0 if metric.higher_is_better else -1.0
+
+    def drops(counts: Array) -> Array:
+        before = _values(metric, reference.statistics, counts)
+        after = _values(metric, candidate.statistics, counts)
+        found: Array = sign * (before - after) / (np.abs(before) if relative else 1.0)
+        return found
+
+    return drops
+
+
+def _values(metric: Metric, statistics: Sequence[Any], counts: Array) -> Array:
+    """The metric's value for every row of resampling counts."""
+    quick = getattr(metric, "values", None)
+    if quick is not None:
+        return np.asarray(quick(statistics, counts), dtype=np.float64)
+    rows = (np.repeat(np.arange(len(statistics)), row) for row in counts)
+    return np.asarray([metric.value([statistics[i] for i in picks]) for picks in rows], dtype=np.float64)
+
+
+def _root_rule(value: float, high: float, limit: float, samples: int) -> int | None:
+    """Intervals shrink with the square root of the samples."""
+    if not value < limit or high <= limit:
+        return None
+    return int(np.ceil(samples * ((high - value) / (limit - value)) ** 2))
+
+
+def sentence(drop: Drop, budget: AccuracyBudget) -> str:
+    """The drop in plain words: how much, how sure, inside the budget or not, and what would prove it."""
+    relative = budget.drop_type is DropType.RELATIVE
+    amount = _percent if relative else _plain
+    moved = "drops by" if drop.value >= 0 else "improves by"
+    text = (
+        f"{drop.metric}: {_plain(drop.reference)} -> {_plain(drop.candidate)}, {moved} {amount(abs(drop.value))} "
+        f"({budget.drop_type}; 95% interval of the drop {amount(drop.low)} to {amount(drop.high)}, "
+        f"{drop.samples} samples, {drop.method})"
+    )
+    limit = f"the budget of {amount(budget.max_drop)} ({budget.drop_type})"
+    if drop.verdict is Verdict.OUTSIDE:
+        return f"{text}: outside {limit}."
+    if drop.verdict is Verdict.PROVEN:
+        return f"{text}: inside {limit}, proven."
+    text = f"{text}: inside {limit} by point estimate only"
+    if drop.samples_to_prove is None:
+        return f"{text}; no number of samples can be named that would prove it."
+    return f"{text}; about {drop.samples_to_prove:,} samples would prove it."
+
+
+def _plain(number: float) -> str:
+    return f"{number:.4g}" if abs(number) < 1e-4 and number else f"{number:.4f}".rstrip("0").rstrip(".")
+
+
+def _percent(number: float) -> str:
+    return f"{_plain(100 * number)}% of the float value"

@@ -1,0 +1,203 @@
+"""Labels for classification (whole numbers) and detection (boxes), matched to the calls of a dataset."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vinoopt.accuracy.arrays import Array, load_arrays
+from vinoopt.accuracy.images import ImageReader, Placement
+from vinoopt.errors import DataError
+from vinoopt.serde import nearest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BoxLabels:
+    """The objects of one image, in pixels of what is fed to the model."""
+
+    boxes: Array
+    """float64 [n, 4]: left, top, right, bottom."""
+    classes: Array
+    """int64 [n]."""
+    size: tuple[int, int]
+    """Height and width of what is fed."""
+
+
+Label = Any
+"""One sample's label: a whole number, `BoxLabels`, or what a metric of one's own understands."""
+
+Labels = Array | Sequence[Label]
+"""Labels of all calls: int64 [calls] or [calls, batch], or one object per call."""
+
+
+def group_labels(labels: Any, *, calls: int, batch: int, where: str) -> Labels:
+    """Labels per call: int64 [calls], [calls, batch], or a tuple where they are no numbers.
+
+    A whole batch's labels belong to its call; the labels of a last, partial batch are left out. Raises
+    `DataError` for a wrong count, or for labels that are not whole numbers from 0.
+    """
+    if not isinstance(labels, np.ndarray):
+        labels = list(labels)
+        if labels and not isinstance(labels[0], (int, float, np.generic, list, tuple, np.ndarray)):
+            return _group_objects(labels, calls=calls, batch=batch, where=where)
+    numbers = whole_numbers(np.asarray(labels), where)
+    count = numbers.size
+    if numbers.ndim > 2 or not (count == calls or calls * batch <= count < (calls + 1) * batch):
+        raise DataError(
+            f"{where}: {count} labels for {calls * batch} samples"
+            + (f" in {calls} calls of {batch}" if batch > 1 else "")
+        )
+    flat = numbers.reshape(-1)
+    if count == calls:
+        return flat
+    flat = flat[: calls * batch]
+    return flat.reshape(calls, batch) if batch > 1 else flat
+
+
+def _group_objects(labels: list[Any], *, calls: int, batch: int, where: str) -> Labels:
+    if len(labels) == calls:
+        return tuple(labels)
+    if not calls * batch <= len(labels) < (calls + 1) * batch:
+        raise DataError(f"{where}: {len(labels)} labels for {calls * batch} samples")
+    return tuple(tuple(labels[i * batch : (i + 1) * batch]) for i in range(calls))
+
+
+def whole_numbers(labels: Array, where: str) -> Array:
+    """Labels as int64; raises `DataError` where one is not a whole number from 0."""
+    if labels.dtype.kind not in "biuf":
+        raise DataError(f"{where}: labels are {labels.dtype}, not whole numbers; give class indices from 0")
+    if labels.dtype.kind == "f" and not (np.isfinite(labels).all() and (labels == np.floor(labels)).all()):
+        raise DataError(f"{where}: some labels are not whole numbers; give class indices, not scores")
+    numbers = labels.astype(np.int64)
+    if numbers.size and numbers.min() < 0:
+        first = int(np.argmax(numbers.reshape(-1) < 0))
+        raise DataError(f"{where}: label {numbers.reshape(-1)[first]} of sample {first} is negative")
+    return numbers
+
+
+# --------------------------------------------------------------------------- files
+
+
+def read_labels(path: Path, *, files: Sequence[Path], root: Path, images: ImageReader | None) -> Any:
+    """The labels in a npy or csv file, or boxes from a folder of YOLO txt files.
+
+    `files` are the samples' files, where the samples are files: a csv with two columns is matched to them by
+    name, everything else by order. Raises `DataError`.
+    """
+    if path.is_dir():
+        if images is None:
+            raise DataError(f"{path}: a folder of labels holds boxes and needs a folder of images as data")
+        return read_boxes(path, images)
+    if not path.exists():
+        raise DataError(f"{path}: no such labels file")
+    if path.suffix == ".npy":
+        return np.asarray(load_arrays(path)[path.stem])
+    if path.suffix in (".csv", ".txt", ".tsv"):
+        return _read_csv(path, files, root)
+    raise DataError(
+        f"{path}: labels are a .npy file, a .csv file (file,label), or a folder of YOLO .txt files"
+    )
+
+
+def _read_csv(path: Path, files: Sequence[Path], root: Path) -> Array:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"{path}: cannot be read: {exc}") from exc
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=delimiter)]
+    rows = [row for row in rows if any(row)]
+    if rows and not _is_number(rows[0][-1]):
+        rows = rows[1:]
+    if not rows:
+        raise DataError(f"{path}: holds no labels")
+    for number, row in enumerate(rows):
+        if not _is_number(row[-1]):
+            raise DataError(
+                f'{path}: label {number} is "{row[-1]}", not a whole number; give class indices from 0'
+            )
+    if files and all(len(row) >= 2 for row in rows):
+        return _by_name({row[0]: float(row[-1]) for row in rows}, files, root, path)
+    return np.asarray([float(row[-1]) for row in rows])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _by_name(table: dict[str, float], files: Sequence[Path], root: Path, path: Path) -> Array:
+    """Labels in the order of `files`, by path below the root, else by name, else by stem."""
+    by_stem: dict[str, float] = {}
+    for name, label in table.items():
+        stem = Path(name.replace("\\", "/")).stem
+        by_stem[stem] = label if by_stem.get(stem, label) == label else float("nan")
+    found = []
+    for file in files:
+        for key in (file.relative_to(root).as_posix(), file.name):
+            if key in table:
+                found.append(table[key])
+                break
+        else:
+            found_label = by_stem.get(file.stem)
+            if found_label is None:
+                raise DataError(f'{path}: no label for "{file.name}"{nearest(file.name, list(table)[:1000])}')
+            if np.isnan(found_label):
+                raise DataError(
+                    f'{path}: several different labels for "{file.stem}"; give paths below the folder'
+                )
+            found.append(found_label)
+    return np.asarray(found)
+
+
+# --------------------------------------------------------------------------- boxes
+
+
+def read_boxes(folder: Path, images: ImageReader) -> tuple[BoxLabels, ...]:
+    """Boxes of every image, from YOLO txt files (`class cx cy w h`, shares of width and height) of its stem.
+
+    An image without a file has no objects. Raises `DataError` for a malformed line, or where no file belongs
+    to any image.
+    """
+    found = {path.stem: path for path in sorted(folder.rglob("*.txt"))}
+    stems = {path.stem for path in images.files}
+    if not stems & found.keys():
+        raise DataError(f"{folder}: no .txt file has the name of an image in {images.root}")
+    return tuple(
+        _boxes_of(found.get(path.stem), images.placement(number)) for number, path in enumerate(images.files)
+    )
+
+
+def _boxes_of(path: Path | None, place: Placement) -> BoxLabels:
+    lines = path.read_text(encoding="utf-8").split("\n") if path is not None else []
+    rows = [_box_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    table = np.asarray(rows, dtype=np.float64).reshape(-1, 5)
+    centre, extent = table[:, 1:3], table[:, 3:5]
+    scale = np.asarray([place.original[1] * place.scale[1], place.original[0] * place.scale[0]])
+    offset = np.asarray([place.offset[1], place.offset[0]])
+    limit = np.asarray([place.fed[1], place.fed[0]], dtype=np.float64)
+    low = np.clip((centre - extent / 2) * scale + offset, 0, limit)
+    high = np.clip((centre + extent / 2) * scale + offset, 0, limit)
+    seen = ((high - low) > 0).all(axis=1)
+    boxes = np.concatenate([low, high], axis=1)[seen]
+    return BoxLabels(boxes=boxes, classes=table[seen, 0].astype(np.int64), size=place.fed)
+
+
+def _box_row(line: str, where: str) -> list[float]:
+    try:
+        row = [float(cell) for cell in line.split()]
+    except ValueError as exc:
+        raise DataError(f"{where}: not numbers: {line[:60]!r}") from exc
+    if len(row) != 5 or row[0] != int(row[0]) or row[0] < 0 or not all(-0.01 <= v <= 1.01 for v in row[1:]):
+        raise DataError(
+            f"{where}: not `class cx cy w h` with a class index from 0 and shares of width and height: {line[:60]!r}"
+        )
+    return row
