@@ -63,6 +63,14 @@ _QUANTIZED_OPS = frozenset(
 )
 
 
+_KINDS = {
+    "sequence_type": "a sequence",
+    "map_type": "a map",
+    "optional_type": "an optional value",
+    "sparse_tensor_type": "a sparse tensor",
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxFile:
     """What an ONNX file says about itself."""
@@ -306,17 +314,22 @@ def _dtype(elem_type: int) -> str:
 
 
 def _not_a_tensor(path: Path, name: str, role: str, kind: str, graph: onnx.GraphProto) -> str:
-    what = kind.removesuffix("_type").replace("_", " ")
+    what = _KINDS.get(kind, kind)
     producer = next((node for node in graph.node if name in node.output), None)
     if role == "input" or producer is None:
         return (
-            f'{path}: {role} "{name}" is a {what}, not a tensor, which OpenVINO cannot take; '
+            f'{path}: {role} "{name}" is {what}, not a tensor, which OpenVINO cannot take; '
             "cut that part off with onnx.utils.extract_model"
+        )
+    if producer.domain in DEFAULT_DOMAINS:
+        return (
+            f'{path}: output "{name}" is {what}, not a tensor: it comes from {describe(producer)}, and '
+            "OpenVINO gives tensors only; cut that part off with onnx.utils.extract_model"
         )
     before = ", ".join(f'"{each}"' for each in producer.input if each)
     hint = " (scikit-learn exporters: options={'zipmap': False})" if producer.op_type == "ZipMap" else ""
     return (
-        f'{path}: output "{name}" is a {what}, not a tensor: it comes from {describe(producer)}, which '
+        f'{path}: output "{name}" is {what}, not a tensor: it comes from {describe(producer)}, which '
         f"OpenVINO has no operator for; end the model before it, at {before}, "
         f"with onnx.utils.extract_model{hint}"
     )

@@ -121,7 +121,8 @@ def _run_openvino(source: SourceModel, samples: Sequence[Sample]) -> Iterator[li
             results = request.infer([sample[spec.name] for spec in source.inputs])
             yield [np.array(results[port]) for port in compiled.outputs]
     except RuntimeError as exc:
-        raise DeviceError(f"{source.path}: OpenVINO cannot run it on CPU: {exc}") from exc
+        lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+        raise DeviceError(f"{source.path}: OpenVINO cannot run it on CPU: {lines[-1]}") from exc
 
 
 def _tolerance(source: SourceModel) -> float:

@@ -15,6 +15,8 @@ _Found = tuple[onnx.NodeProto, tuple[onnx.NodeProto, ...]]
 _MISSING = re.compile(r"No conversion rule found for operations: (?P<ops>.+)")
 _FAILED_NODE = re.compile(r"<Node\((?P<op>[^)]*)\): (?P<name>.*?)>'")
 _FAILED_OPS = re.compile(r"Conversion is failed for: (?P<ops>.+)")
+_VERSION = re.compile(r"-\d+$")
+"""OpenVINO writes `Bernoulli-22` for an operator of the default domain."""
 _NOISE = re.compile(
     r"^(Exception from|Check '|While validating|FrontEnd API failed|Loading input model|Model wasn't|Summary:"
     r"|Conversion is failed|No conversion|Conversion failed|Failed operations)"
@@ -48,7 +50,7 @@ def _without_rule(reason: str, nodes: list[_Found]) -> list[_Found]:
     match = _MISSING.search(reason)
     if match is None:
         return []
-    words = {word.strip() for word in match["ops"].split(",")}
+    words = {_VERSION.sub("", word.strip()) for word in match["ops"].split(",")}
     return [found for found in nodes if _spellings(found[0]) & words]
 
 
@@ -81,7 +83,7 @@ def _failed_node(reason: str, nodes: list[_Found]) -> _Found | None:
     summary = _FAILED_OPS.search(reason)
     if summary is None:
         return None
-    words = {word.strip().rsplit("-", 1)[0] for word in summary["ops"].split(",")}
+    words = {_VERSION.sub("", word.strip()) for word in summary["ops"].split(",")}
     return next((found for found in nodes if _spellings(found[0]) & words), None)
 
 
