@@ -1,8 +1,8 @@
 """Compiles for Intel GPUs that are not here: their real driver in capture mode, in a child process.
 
 The driver compiles every kernel as it would on the device, so layer kernels, precisions, refusals and memory
-are those of the product. Kernels never run: there is no latency, no output and no blob. A driver that does not
-know a product may offer another one without an error, hence the identity check of everything that it reports.
+are those of the product. Kernels never run: there is no latency, no output and no blob. A driver that does
+not know a product may offer another one without an error, hence the identity check of what it reports.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vinoopt.errors import ToolchainCrashed, ToolchainError, ToolchainMissing, ToolchainTimeout
 from vinoopt.records import (
@@ -61,6 +61,7 @@ _MAC_TYPES = {
 _INT8 = {"i8", "u8"}
 
 Runner = Callable[..., ChildReply]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,7 @@ class GpuToolchain:
         self._run = run
 
     def probe(self, spec: DeviceSpec) -> Availability:
-        """Whether an installed driver offers the device, under its own architecture, units and capabilities."""
+        """Whether an installed driver offers the device, with its own architecture and capabilities."""
         try:
             offline = _offline(spec)
             device = self._first(spec, offline, self._identify)
@@ -129,9 +130,7 @@ class GpuToolchain:
         _check_identity(device, offline)
         return device
 
-    def _first(
-        self, spec: DeviceSpec, offline: GpuOffline, job: Callable[[_Attempt, GpuOffline], Any]
-    ) -> Any:
+    def _first(self, spec: DeviceSpec, offline: GpuOffline, job: Callable[[_Attempt, GpuOffline], R]) -> R:
         """The result of the first driver and family name that serve the device."""
         failures: list[ToolchainError] = []
         for attempt in self._attempts(offline):
@@ -172,7 +171,7 @@ def _check_identity(device: dict[str, Any], offline: GpuOffline) -> None:
     release = _release(str(device["driver"]))
     if release < _release(offline.min_driver):
         raise ToolchainMissing(
-            f"driver {device['driver']} is older than {offline.min_driver}, the first that was seen to serve it"
+            f"driver {device['driver']} is older than {offline.min_driver}, the first known to serve it"
         )
     offered = str(device["architecture"])
     wanted = offline.architecture
