@@ -50,16 +50,16 @@ def relative_interval(both: float, lost: float, won: float, samples: float) -> I
     in Medicine 21 (2002) 689-699. The reference must hit at least once.
     """
     reference, candidate = (both + lost) / samples, (both + won) / samples
-    p10, p01, p00 = lost / samples, won / samples, 1 - (both + lost + won) / samples
+    only_won, only_lost, any_hit = won / samples, lost / samples, (both + lost + won) / samples
 
     def score(ratio: float) -> float:
         square = ratio * ratio
-        inner = (reference - square * candidate) ** 2 + 4 * square * p10 * p01
-        only_reference = -reference + square * (candidate + 2 * p10)
-        only_reference = (only_reference + math.sqrt(inner)) / (2 * ratio * (ratio + 1))
-        only_candidate = ratio * only_reference - (ratio - 1) * (1 - p00)
-        variance = ratio * (only_reference + only_candidate) / samples
-        return _standardised(candidate - ratio * reference, variance)
+        inner = (candidate - square * reference) ** 2 + 4 * square * only_won * only_lost
+        # Maximum likelihood under candidate = ratio * reference: the share that only the candidate hits.
+        p_won = -candidate + square * (reference + 2 * only_won) + math.sqrt(inner)
+        p_won /= 2 * ratio * (ratio + 1)
+        p_lost = ratio * p_won - (ratio - 1) * any_hit
+        return _standardised(candidate - ratio * reference, ratio * (p_won + p_lost) / samples)
 
     low, high = _score_limits(score, candidate / reference, low=1e-9, high=1e9)
     return 1 - high, 1 - low
