@@ -286,6 +286,8 @@ class PruningGroup(Record):
     """Why it is not prunable."""
     kind: str = "channels"
     """`channels`, `heads`, `groups`."""
+    can_vanish: bool = False
+    """Whether all units may go: what reads them is added to a residual path, and becomes a constant there."""
 
 
 class GroupWidth(Record):
@@ -447,6 +449,9 @@ class LayerReport(Record):
     precision: str
     kernel: str = ""
     time_us: float | None = None
+    """Its share of the end-to-end latency."""
+    busy_us: dict[str, float] = Field(default_factory=dict)
+    """Engine of an NPU (`DPU`, `SHAVE`, `DMA`) -> busy time summed over tiles; what overlaps counts twice."""
 
 
 class OutputParity(Record):

@@ -54,6 +54,18 @@ TAIL_BYTES = 4000
 LOG_LIMIT_BYTES = 256 << 20
 """A child that writes more than this is stuck in a loop of messages and would fill the disk."""
 
+
+def _package_path() -> dict[str, str]:
+    root = Path(vinoopt.__file__).resolve().parent.parent
+    if root.name in ("site-packages", "dist-packages"):
+        return {}
+    inherited = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(root), *([inherited] if inherited else [])])}
+
+
+PACKAGE_PATH: dict[str, str] = _package_path()
+"""Environment by which a child finds this package where it runs from a checkout."""
+
 _KINDS: dict[str, type[ToolchainError]] = {
     "missing": ToolchainMissing,
     "crashed": ToolchainCrashed,
@@ -124,7 +136,7 @@ def run_child(
         ended = run_process(
             argv,
             folder=folder,
-            env={**_package_path(), **(env or {})},
+            env={**PACKAGE_PATH, **(env or {})},
             timeout_s=timeout_s,
             memory_limit_bytes=memory_limit_bytes,
         )
@@ -312,15 +324,6 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(values, default=os.fspath), encoding="utf-8")
     part.replace(path)
-
-
-def _package_path() -> dict[str, str]:
-    """PYTHONPATH that lets a child find this package where it runs from a checkout."""
-    root = Path(vinoopt.__file__).resolve().parent.parent
-    if root.name in ("site-packages", "dist-packages"):
-        return {}
-    inherited = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": os.pathsep.join([str(root), *([inherited] if inherited else [])])}
 
 
 def _environment(changes: Mapping[str, str | None]) -> dict[str, str]:
