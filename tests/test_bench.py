@@ -1,0 +1,343 @@
+"""The measurement protocol: its statistics on synthetic series, its loop with fakes, its runners for real."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx.parser
+import openvino as ov
+import pytest
+from numpy.typing import NDArray
+
+from vinoopt.bench import (
+    BenchResult,
+    Contestant,
+    Engine,
+    MeasureConfig,
+    MeasureMode,
+    Progress,
+    Sample,
+    compare,
+    measure,
+    paired_interval,
+)
+from vinoopt.bench.conditions import evidence_here, round_warnings
+from vinoopt.errors import DataError, DeviceError, InputError, ModelError
+from vinoopt.records import Evidence, Measurement
+
+SHORT = MeasureConfig(rounds=5, min_round_ms=0.5, warmup_ms=1)
+SAMPLES: list[Sample] = [{"x": np.full((1, 8), i, np.float32)} for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        tiny (float[1,8] x) => (float[1,8] y) {
+            half = Constant <value_float = 0.5> ()
+            scaled = Mul(x, half)
+            y = Relu(scaled)
+        }
+    """)
+    path = tmp_path_factory.mktemp("models") / "tiny.onnx"
+    onnx.save(model, path)
+    return path
+
+
+# --------------------------------------------------------------------------- statistics
+
+
+def _independent(rng: np.random.Generator, n: int) -> NDArray[np.float64]:
+    return rng.normal(size=n)
+
+
+def _correlated(rng: np.random.Generator, n: int) -> NDArray[np.float64]:
+    """AR(1) with r = 0.5: load that outlasts a round."""
+    values = rng.normal(size=n + 50)
+    for i in range(1, n + 50):
+        values[i] += 0.5 * values[i - 1]
+    return values[50:]
+
+
+def _disturbed(rng: np.random.Generator, n: int) -> NDArray[np.float64]:
+    """Every eighth round is hit by something ten times as large."""
+    hits = (rng.random(n) < 1 / 8) * rng.exponential(10, n) * rng.choice([-1, 1], n)
+    return rng.normal(size=n) + hits
+
+
+@pytest.mark.parametrize("rounds", [20, 60])
+@pytest.mark.parametrize("noise", [_independent, _correlated, _disturbed])
+def test_the_same_thing_twice_is_rarely_called_different(
+    noise: Callable[[np.random.Generator, int], NDArray[np.float64]], rounds: int
+) -> None:
+    rng = np.random.default_rng(5)
+    intervals = [paired_interval(noise(rng, rounds)) for _ in range(1000)]
+    missed = sum(not low <= 0 <= high for _, low, high in intervals) / 1000
+    # 5% by design; the estimate of the autocorrelation itself costs a little at r = 0.5.
+    assert missed <= 0.085
+
+
+def test_correlated_rounds_widen_the_interval() -> None:
+    rng = np.random.default_rng(3)
+    smooth = np.repeat(rng.normal(size=10), 6)  # ten facts told six times each
+    shuffled = rng.permutation(smooth)
+    width = {name: np.ptp(paired_interval(v)[1:]) for name, v in (("smooth", smooth), ("shuffled", shuffled))}
+    assert width["smooth"] > 1.7 * width["shuffled"]
+
+
+def _measurement(
+    name: str, rounds_ms: Sequence[float], evidence: Evidence = Evidence.MEASURED
+) -> Measurement:
+    return Measurement(
+        name=name, device="CPU", evidence=evidence, latency_p50_ms=1.0, rounds_ms=tuple(map(float, rounds_ms))
+    )
+
+
+def test_a_tenth_faster_is_found_under_common_noise() -> None:
+    rng = np.random.default_rng(1)
+    found = 0
+    for _ in range(200):
+        common = np.exp(rng.normal(0, 0.3, 20))  # the machine's mood, shared by a round
+        slow = common * np.exp(rng.normal(0, 0.03, 20)) * 1.1
+        fast = common * np.exp(rng.normal(0, 0.03, 20))
+        result = compare(_measurement("slow", slow), _measurement("fast", fast))
+        found += result.is_significant and result.low > 1 and abs(result.speedup - 1.1) < 0.05
+    assert found >= 190
+
+
+def test_a_difference_within_the_spread_of_compilations_is_not_significant() -> None:
+    result = compare(_measurement("a", [1.005] * 40), _measurement("b", [1.0] * 40))
+    assert not result.is_significant
+    assert result.speedup == pytest.approx(1.005)
+
+
+def test_comparison_turns_round_with_its_arguments() -> None:
+    rng = np.random.default_rng(2)
+    a, b = _measurement("a", rng.uniform(1, 2, 30)), _measurement("b", rng.uniform(2, 3, 30))
+    there, back = compare(a, b), compare(b, a)
+    assert there.speedup == pytest.approx(1 / back.speedup)
+    assert (there.low, there.high) == pytest.approx((1 / back.high, 1 / back.low))
+
+
+def test_only_what_ran_side_by_side_is_compared() -> None:
+    with pytest.raises(InputError, match="side by side"):
+        compare(_measurement("a", [1.0] * 6), _measurement("b", [1.0] * 7))
+    with pytest.raises(InputError, match="different evidence"):
+        compare(_measurement("a", [1.0] * 6), _measurement("b", [1.0] * 6, Evidence.EMULATED))
+    with pytest.raises(InputError, match="too few"):
+        compare(_measurement("a", [1.0] * 4), _measurement("b", [1.0] * 4))
+
+
+def test_times_that_rise_or_scatter_are_reported() -> None:
+    assert round_warnings("steady", [1.0, 1.01, 0.99] * 5) == ()
+    assert "rose by 50%" in round_warnings("hot", [1.0] * 5 + [1.2] * 5 + [1.5] * 5)[0]
+    assert "scatter" in round_warnings("noisy", [1.0, 2.0, 1.5] * 5)[0]
+
+
+# --------------------------------------------------------------------------- the loop, with fakes
+
+
+class FakeRunner:
+    """Sleeps a little and notes who ran what."""
+
+    def __init__(self, name: str, journal: list[tuple[str, int]], pause_s: float = 0.0) -> None:
+        self.device, self.compile_ms, self.size_bytes = "CPU", 2.0, 7
+        self.name, self.journal, self.pause_s = name, journal, pause_s
+
+    def load(self, samples: Sequence[Sample]) -> None:
+        self.count = len(samples)
+
+    def infer(self, index: int) -> None:
+        assert 0 <= index < self.count
+        self.journal.append((self.name, index))
+        time.sleep(self.pause_s)
+
+    def stream(self, indices: Sequence[int]) -> Sequence[float]:
+        for index in indices:
+            self.infer(index)
+        return [1.0] * len(indices)
+
+
+def _fakes(journal: list[tuple[str, int]], pause_s: float = 0.0) -> list[Contestant]:
+    return [Contestant(name=n, model=FakeRunner(n, journal, pause_s)) for n in ("a", "b", "c")]
+
+
+def test_rounds_interleave_contestants_in_changing_order() -> None:
+    journal: list[tuple[str, int]] = []
+    config = MeasureConfig(rounds=12, min_round_ms=0.001, warmup_ms=0)
+    result = measure(_fakes(journal, 0.0005), SAMPLES, config=config)
+
+    turns = [name for i, (name, _) in enumerate(journal) if i == 0 or journal[i - 1][0] != name]
+    assert all(len(each.rounds_ms) == 12 for each in result.measurements)
+    assert len(turns) > 2 * 12  # hardly ever the same contestant twice running
+    orders = {"".join(turns[i : i + 3]) for i in range(3, len(turns) - 3)}
+    assert len(orders) > 3
+
+
+def test_the_order_follows_the_seed() -> None:
+    journals = []
+    for seed in (1, 1, 2):
+        journal: list[tuple[str, int]] = []
+        measure(
+            _fakes(journal, 0.002),
+            SAMPLES,
+            config=MeasureConfig(rounds=6, min_round_ms=0.001, warmup_ms=0, seed=seed),
+        )
+        journals.append(journal)
+    assert journals[0] == journals[1]
+    assert journals[0] != journals[2]
+
+
+def test_requests_take_fresh_samples() -> None:
+    journal: list[tuple[str, int]] = []
+    fakes = _fakes(journal, 0.0002)
+    measure(fakes[:1], SAMPLES, config=MeasureConfig(rounds=5, min_round_ms=5, warmup_ms=0))
+    repeats = sum(after == before for before, after in itertools.pairwise(journal))
+    assert repeats <= 12  # between turns only
+    assert {index for _, index in journal} == {0, 1, 2}
+
+
+def test_a_time_limit_sets_the_number_of_rounds() -> None:
+    events: list[Progress] = []
+    config = MeasureConfig(rounds=5, min_round_ms=0.001, warmup_ms=0, seconds=0.4)
+    quick = measure(_fakes([], 0.002), SAMPLES, config=config, progress=events.append)
+    slow = measure(_fakes([], 0.05), SAMPLES, config=config)
+
+    assert len(quick.of("a").rounds_ms) > 5
+    assert len(slow.of("a").rounds_ms) == 5
+    assert [event.round for event in events] == list(range(1, len(events) + 1))
+    assert all(event.rounds >= event.round for event in events)
+
+
+def test_facts_of_the_runner_reach_the_measurement() -> None:
+    result = measure(_fakes([]), SAMPLES, config=SHORT)
+    each = result.of("b")
+    assert (each.compile_ms, each.size_bytes, each.peak_memory_bytes) == (2.0, 7, None)
+    assert each.evidence is Evidence.MEASURED
+    assert each.latency_p50_ms <= each.latency_p90_ms <= each.latency_p99_ms
+    assert each.throughput_per_s is None
+    assert each.samples > 0
+
+
+def test_throughput_is_inferences_per_second() -> None:
+    config = MeasureConfig(mode=MeasureMode.THROUGHPUT, rounds=5, min_round_ms=1, warmup_ms=0)
+    result = measure(_fakes([], 0.001), SAMPLES, config=config)
+    each = result.of("a")
+    assert each.throughput_per_s == pytest.approx(1000 / np.median(each.rounds_ms))
+    assert 0 < each.throughput_per_s < 1000  # a millisecond of sleep each, one at a time
+
+
+def test_an_instruction_set_cap_makes_it_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evidence_here() is Evidence.MEASURED
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert evidence_here() is Evidence.EMULATED
+
+
+@pytest.mark.parametrize(
+    ("names", "samples", "message"),
+    [
+        ((), SAMPLES, "nothing to measure"),
+        (("a", "a"), SAMPLES, "names of their own"),
+        (("a",), [], "no samples"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    names: Sequence[str], samples: list[Sample], message: str
+) -> None:
+    contestants = [Contestant(name=name, model=FakeRunner(name, [])) for name in names]
+    with pytest.raises(InputError, match=message):
+        measure(contestants, samples, config=SHORT)
+
+
+# --------------------------------------------------------------------------- runners, for real
+
+
+def _one(model: ov.Model | Path, **options: object) -> BenchResult:
+    return measure([Contestant(name="it", model=model, **options)], SAMPLES, config=SHORT)
+
+
+def test_every_form_of_a_model_runs_side_by_side(onnx_file: Path, tmp_path: Path) -> None:
+    core = ov.Core()
+    model = core.read_model(onnx_file)
+    ov.save_model(model, tmp_path / "tiny.xml", compress_to_fp16=False)
+    compiled = core.compile_model(model, "CPU")
+    (tmp_path / "tiny.blob").write_bytes(compiled.export_model().getvalue())
+
+    result = measure(
+        [
+            Contestant(name="memory", model=model, properties={"INFERENCE_PRECISION_HINT": "f32"}),
+            Contestant(name="compiled", model=compiled),
+            Contestant(name="ir", model=tmp_path / "tiny.xml"),
+            Contestant(name="onnx", model=onnx_file),
+            Contestant(name="blob", model=tmp_path / "tiny.blob"),
+            Contestant(name="ort", model=onnx_file, engine=Engine.ONNXRUNTIME),
+        ],
+        SAMPLES,
+        config=SHORT,
+    )
+
+    assert all(each.latency_p50_ms > 0 for each in result.measurements)
+    assert {each.name for each in result.measurements if each.compile_ms is None} == {"compiled"}
+    assert result.of("memory").size_bytes == 4  # one float
+    assert math.isfinite(result.compare("onnx", "ort").speedup)
+
+
+@pytest.mark.parametrize("engine", list(Engine))
+def test_throughput_of_real_engines(onnx_file: Path, engine: Engine) -> None:
+    config = MeasureConfig(mode=MeasureMode.THROUGHPUT, rounds=5, min_round_ms=0.5, warmup_ms=1)
+    each = measure([Contestant(name="it", model=onnx_file, engine=engine)], SAMPLES, config=config).of("it")
+    assert each.throughput_per_s is not None and each.throughput_per_s > 0
+    assert each.samples >= 5 * 32
+
+
+def test_a_contestant_may_bring_its_own_samples(onnx_file: Path) -> None:
+    model = ov.Core().read_model(onnx_file)
+    model.reshape([2, 8])
+    pairs = [{"x": np.ones((2, 8), np.float32)}]
+    result = measure(
+        [Contestant(name="one", model=onnx_file), Contestant(name="two", model=model, samples=pairs)],
+        SAMPLES,
+        config=SHORT,
+    )
+    assert [each.name for each in result.measurements] == ["one", "two"]
+
+
+@pytest.mark.parametrize("engine", list(Engine))
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"y": np.ones((1, 8), np.float32)}, 'lack input "x"'),
+        ({"x": np.ones((1, 8), np.float64)}, "takes float32, the samples are float64"),
+        ({"x": np.ones((1, 9), np.float32)}, r"the samples are \[1, 9\]"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(
+    onnx_file: Path, engine: Engine, sample: Sample, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        measure([Contestant(name="it", model=onnx_file, engine=engine)], [sample], config=SHORT)
+
+
+def test_errors_name_the_contestant(onnx_file: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"not a model")
+    with pytest.raises(ModelError, match=r"it: .*no such file"):
+        _one(tmp_path / "absent.onnx")
+    with pytest.raises(ModelError, match=r"it: .*cannot be read"):
+        _one(broken)
+    with pytest.raises(ModelError, match="it: onnxruntime refuses"):
+        _one(broken, engine=Engine.ONNXRUNTIME)
+    with pytest.raises(DeviceError, match=r"it .*cannot be compiled"):
+        _one(onnx_file, device="NOSUCH")
+    with pytest.raises(DeviceError, match=r"it .*cannot be compiled"):
+        _one(onnx_file, properties={"NUM_STREAMS": "many"})
+    with pytest.raises(InputError, match="onnxruntime does not know NUM_STREAMS"):
+        _one(onnx_file, engine=Engine.ONNXRUNTIME, properties={"NUM_STREAMS": "2"})
+    (tmp_path / "old.blob").write_bytes(b"another release")
+    with pytest.raises(DeviceError, match=r"it .*cannot be imported"):
+        _one(tmp_path / "old.blob")

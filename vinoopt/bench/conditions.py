@@ -1,0 +1,85 @@
+"""What about this machine makes its times doubtful: power, frequency, other load."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from vinoopt.records import Evidence
+
+OTHER_LOAD = 0.1
+STEAL = 0.01
+DRIFT = 0.05
+SCATTER = 0.1
+ISA_CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_UNCAPPED = ("", "ALL", "DEFAULT")
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+class Watch:
+    """Observes the machine from its making until `warnings` is called."""
+
+    def __init__(self) -> None:
+        self._clock = time.monotonic()
+        self._own = _own_seconds()
+        self._all = psutil.cpu_times()
+        self._before = _standing_warnings()
+
+    def warnings(self) -> tuple[str, ...]:
+        """What was wrong with the machine meanwhile, as sentences with figures."""
+        capacity = max(time.monotonic() - self._clock, 1e-3) * (psutil.cpu_count() or 1)
+        now = psutil.cpu_times()
+        busy = sum(now[:3]) - sum(self._all[:3])  # user, nice, system on Linux and macOS
+        other = (busy - (_own_seconds() - self._own)) / capacity
+        steal = (getattr(now, "steal", 0.0) - getattr(self._all, "steal", 0.0)) / capacity
+        found = list(self._before)
+        if other > OTHER_LOAD:
+            found.append(f"other processes used {other:.0%} of the processor during the run")
+        if steal > STEAL:
+            found.append(f"the hypervisor withheld {steal:.0%} of the processor during the run")
+        return tuple(found)
+
+
+def round_warnings(name: str, rounds_ms: Sequence[float]) -> tuple[str, ...]:
+    """Sentences about times that scatter, or that rise from the first third of the run to the last."""
+    values = np.asarray(rounds_ms)
+    middle = float(np.median(values))
+    third = max(len(values) // 3, 1)
+    drift = float(np.median(values[-third:]) / np.median(values[:third])) - 1
+    scatter = 1.4826 * float(np.median(np.abs(values - middle))) / middle
+    found = []
+    if drift > DRIFT:
+        found.append(f"{name}: times rose by {drift:.0%} during the run (throttling or growing load)")
+    if scatter > SCATTER:
+        found.append(f"{name}: rounds scatter by {scatter:.0%}; the machine is not quiet")
+    return tuple(found)
+
+
+def evidence_here() -> Evidence:
+    """`EMULATED` while oneDNN is capped to another CPU's instruction set, else `MEASURED`."""
+    capped = any(os.environ.get(name, "").upper() not in _UNCAPPED for name in ISA_CAPS)
+    return Evidence.EMULATED if capped else Evidence.MEASURED
+
+
+def _standing_warnings() -> tuple[str, ...]:
+    """What is known before the first inference; what a system does not tell is left out."""
+    found = []
+    if _GOVERNOR.is_file() and (governor := _GOVERNOR.read_text().strip()) != "performance":
+        found.append(f'the frequency governor is "{governor}", not "performance"')
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    if battery is not None and battery.power_plugged is False:
+        found.append("the machine runs on battery")
+    load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
+    if load > 0.5 * cores:
+        found.append(f"load average was {load:.1f} on {cores} cores before the run")
+    return tuple(found)
+
+
+def _own_seconds() -> float:
+    times = psutil.Process().cpu_times()
+    return float(times.user + times.system)

@@ -1,0 +1,213 @@
+"""The loop: warm-up, then rounds in which every contestant has one turn, in random order."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from pydantic import Field
+
+from vinoopt.bench.conditions import Watch, evidence_here, round_warnings
+from vinoopt.bench.contestants import Contestant, MeasureMode, Runner, Sample, open_runner
+from vinoopt.bench.intervals import LEAST_ROUNDS, compare
+from vinoopt.errors import InputError
+from vinoopt.records import Comparison, Evidence, Measurement, Record
+
+MAX_PER_TURN = 20_000
+SETTLE_SHARE = 0.1
+"""Part of a turn that is run untimed first: the contestant before it took the caches."""
+REQUESTS_TO_FILL = 32
+"""A throughput turn runs at least so many inferences, so that filling and draining the queue hardly count."""
+
+
+class MeasureConfig(Record):
+    """How long and how a measurement goes.
+
+    `rounds` rounds are run; with `seconds`, as many as fit into that time instead, warm-up included, but at
+    least 5. In a round every contestant has one turn of at least `min_round_ms`, which holds as many
+    inferences as fit, at least one.
+    """
+
+    mode: MeasureMode = MeasureMode.LATENCY
+    rounds: int = Field(default=20, ge=LEAST_ROUNDS)
+    min_round_ms: float = Field(default=20.0, gt=0)
+    warmup_ms: float = Field(default=100.0, ge=0)
+    seconds: float | None = Field(default=None, gt=0)
+    seed: int = 0
+
+
+class Progress(Record):
+    """A round is done."""
+
+    round: int
+    rounds: int
+    """How many there will be, by the pace so far."""
+
+
+class BenchResult(Record):
+    """What one run measured side by side; measurements in the order of the contestants."""
+
+    mode: MeasureMode
+    measurements: tuple[Measurement, ...]
+    warnings: tuple[str, ...] = ()
+    """What made the machine doubtful, for all contestants alike."""
+
+    def of(self, name: str) -> Measurement:
+        """The measurement of this contestant; `InputError` for an unknown name."""
+        for each in self.measurements:
+            if each.name == name:
+                return each
+        names = ", ".join(each.name for each in self.measurements)
+        raise InputError(f'no contestant "{name}" was measured; there are {names}')
+
+    def compare(self, reference: str, candidate: str) -> Comparison:
+        """How many times faster `candidate` is than `reference`, with its 95% interval."""
+        return compare(self.of(reference), self.of(candidate))
+
+
+@dataclass(slots=True)
+class _Racer:
+    name: str
+    runner: Runner
+    samples: int
+    first_ms: float = 0.0
+    per_turn: int = 1
+    rounds_ms: list[float] = field(default_factory=list)
+    latencies_ms: list[float] = field(default_factory=list)
+
+
+def measure(
+    contestants: Sequence[Contestant],
+    samples: Sequence[Sample],
+    *,
+    config: MeasureConfig | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> BenchResult:
+    """Latency or throughput of every contestant, taken side by side on this machine.
+
+    `samples` are real inputs; each request takes the next one, and in a given round all contestants start at
+    the same. Latency mode runs one synchronous request at a time; a round's figure is its median in ms.
+    Throughput mode keeps the device's optimal number of requests in flight; a round's figure is ms per
+    inference. Peak memory is left out: contestants share a process, so none of it can be told apart.
+    Raises `InputError` and its kin for contestants or samples that cannot be used, `DeviceError` where
+    OpenVINO cannot compile or run one.
+    """
+    config = config or MeasureConfig()
+    _check(contestants, samples)
+    start = time.monotonic()
+    watch = Watch()
+    racers = [_ready(each, samples, config) for each in contestants]
+    rng = np.random.default_rng(config.seed)
+    rounds_start = time.monotonic()
+    with _without_garbage_collection():
+        for done in range(1, 1_000_000):
+            for index in rng.permutation(len(racers)):
+                _take_turn(racers[index], done, config.mode)
+            pace = (time.monotonic() - rounds_start) / done
+            planned = _planned(config, pace, rounds_start - start)
+            if progress is not None:
+                progress(Progress(round=done, rounds=max(planned, done)))
+            if done >= planned:
+                break
+    evidence = evidence_here()
+    return BenchResult(
+        mode=config.mode,
+        measurements=tuple(_measurement(racer, config.mode, evidence) for racer in racers),
+        warnings=watch.warnings(),
+    )
+
+
+def _check(contestants: Sequence[Contestant], samples: Sequence[Sample]) -> None:
+    names = [each.name for each in contestants]
+    if not names:
+        raise InputError("there is nothing to measure: no contestants")
+    if len(set(names)) != len(names):
+        raise InputError(f"contestants need names of their own: {', '.join(names)}")
+    bare = [each.name for each in contestants if not (samples if each.samples is None else each.samples)]
+    if bare:
+        raise InputError(f"no samples to run {', '.join(bare)} on")
+
+
+def _planned(config: MeasureConfig, pace_s: float, spent_s: float) -> int:
+    if config.seconds is None:
+        return config.rounds
+    return max(int((config.seconds - spent_s) / pace_s), LEAST_ROUNDS)
+
+
+def _ready(contestant: Contestant, common: Sequence[Sample], config: MeasureConfig) -> _Racer:
+    """The contestant compiled, warm, and with its number of inferences per turn settled."""
+    runner = open_runner(contestant, mode=config.mode)
+    samples = common if contestant.samples is None else contestant.samples
+    runner.load(samples)
+    racer = _Racer(name=contestant.name, runner=runner, samples=len(samples))
+    racer.first_ms = _timed(runner, 0)
+    times = [_timed(runner, index % racer.samples) for index in (1, 2)]
+    while sum(times) < config.warmup_ms:
+        times.append(_timed(runner, len(times) % racer.samples))
+    if config.mode is MeasureMode.THROUGHPUT:
+        filling = [index % racer.samples for index in range(REQUESTS_TO_FILL)]
+        start = time.perf_counter_ns()
+        runner.stream(filling)
+        times = [(time.perf_counter_ns() - start) / 1e6 / len(filling)]
+    typical = float(np.median(times))
+    least = REQUESTS_TO_FILL if config.mode is MeasureMode.THROUGHPUT else 1
+    racer.per_turn = min(max(math.ceil(config.min_round_ms / max(typical, 1e-4)), least), MAX_PER_TURN)
+    return racer
+
+
+def _take_turn(racer: _Racer, round_number: int, mode: MeasureMode) -> None:
+    first = round_number * 7919  # a prime: rounds begin at different samples
+    indices = [(first + i) % racer.samples for i in range(racer.per_turn)]
+    for index in indices[: math.ceil(SETTLE_SHARE * len(indices))]:
+        racer.runner.infer(index)
+    if mode is MeasureMode.LATENCY:
+        times = [_timed(racer.runner, index) for index in indices]
+        racer.rounds_ms.append(float(np.median(times)))
+    else:
+        start = time.perf_counter_ns()
+        times = list(racer.runner.stream(indices))
+        racer.rounds_ms.append((time.perf_counter_ns() - start) / 1e6 / len(indices))
+    racer.latencies_ms.extend(times)
+
+
+def _timed(runner: Runner, index: int) -> float:
+    start = time.perf_counter_ns()
+    runner.infer(index)
+    return (time.perf_counter_ns() - start) / 1e6
+
+
+def _measurement(racer: _Racer, mode: MeasureMode, evidence: Evidence) -> Measurement:
+    p50, p90, p99 = (float(p) for p in np.percentile(racer.latencies_ms, (50, 90, 99)))
+    is_stream = mode is MeasureMode.THROUGHPUT
+    return Measurement(
+        name=racer.name,
+        device=racer.runner.device,
+        evidence=evidence,
+        latency_p50_ms=p50,
+        latency_p90_ms=p90,
+        latency_p99_ms=p99,
+        throughput_per_s=1000 / float(np.median(racer.rounds_ms)) if is_stream else None,
+        samples=len(racer.latencies_ms),
+        rounds_ms=tuple(racer.rounds_ms),
+        compile_ms=racer.runner.compile_ms,
+        first_inference_ms=racer.first_ms,
+        size_bytes=racer.runner.size_bytes,
+        warnings=round_warnings(racer.name, racer.rounds_ms),
+    )
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
