@@ -1,0 +1,99 @@
+"""From a plan to a model: pruned, refitted, quantized, with what plans share done once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import openvino as ov
+
+from vinoopt import serde
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.compression.precision import QuantizedPair, with_float_blocks
+from vinoopt.compression.quantize import compress_weights, quantize
+from vinoopt.records import CompressionPlan, Device, GroupWidth, QuantizationPlan
+from vinoopt.store import Store
+
+_KEPT_MODELS = 4
+"""Pruned or quantized models held in memory at a time; others come back from the store or are made again."""
+
+T = TypeVar("T")
+Pruner = Callable[[tuple[GroupWidth, ...]], ov.Model]
+"""Widths -> the float model with those units removed and its consumers refitted."""
+
+
+@dataclass(kw_only=True)
+class Workshop:
+    """Builds the model of any plan of one float model for one kind of device.
+
+    A quantized model is calibrated once per recipe and widths, kept in memory and in `store`, and serves every
+    precision plan. Not safe for use by several threads.
+    """
+
+    source: ov.Model
+    calibration: Dataset
+    device: Device
+    store: Store
+    prune: Pruner | None = None
+    _pruned: OrderedDict[str, ov.Model] = field(default_factory=OrderedDict)
+    _pairs: OrderedDict[str, QuantizedPair] = field(default_factory=OrderedDict)
+
+    def build(self, plan: CompressionPlan) -> ov.Model:
+        """The model of `plan`, independent of every other one.
+
+        Raises `PlanError` where the plan does not fit the model, `CompressionError` where NNCF fails.
+        """
+        if plan.quantization is not None:
+            pair = self.pair(plan.widths, plan.quantization)
+            return with_float_blocks(pair, plan.quantization.float_layers)
+        model = self.pruned(plan.widths)
+        if plan.weights is not None:
+            return compress_weights(model, plan.weights)
+        return model.clone()
+
+    def pruned(self, widths: tuple[GroupWidth, ...]) -> ov.Model:
+        """The float model at these widths; not to be changed by the caller."""
+        if not widths:
+            return self.source
+        if self.prune is None:
+            raise ValueError("this workshop was made without a pruner")
+        key = serde.sha256_record(CompressionPlan(widths=widths))
+        prune = self.prune
+        return _kept(self._pruned, key, lambda: self._stored(f"pruned-{key[:24]}", lambda: prune(widths)))
+
+    def pair(self, widths: tuple[GroupWidth, ...], recipe: QuantizationPlan) -> QuantizedPair:
+        """The pruned float model and its quantized twin; `recipe.float_layers` is not applied to it."""
+        recipe = serde.replace(recipe, float_layers=())
+        key = serde.sha256_record(CompressionPlan(widths=widths, quantization=recipe)) + self.device.value
+
+        def make() -> QuantizedPair:
+            original = self.pruned(widths)
+            name = f"int8-{self.device.value.lower()}-{key[:24]}"
+            quantized = self._stored(
+                name, lambda: quantize(original, recipe, self.calibration, device=self.device)
+            )
+            return QuantizedPair(original=original, quantized=quantized)
+
+        return _kept(self._pairs, key, make)
+
+    def _stored(self, name: str, make: Callable[[], ov.Model]) -> ov.Model:
+        path = self.store.folder / f"{name}.xml"
+        if path.is_file():
+            return ov.Core().read_model(path)
+        model = make()
+        with self.store.writing(f"{name}.xml") as part:
+            ov.save_model(model, part, compress_to_fp16=False)
+            part.with_suffix(".bin").replace(path.with_suffix(".bin"))  # the .xml, which counts, comes last
+        return model
+
+
+def _kept(kept: OrderedDict[str, T], key: str, make: Callable[[], T]) -> T:
+    """The value under `key`, made where it is new; the one used longest ago gives way."""
+    if key not in kept:
+        kept[key] = make()
+        while len(kept) > _KEPT_MODELS:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key]

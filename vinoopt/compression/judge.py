@@ -1,0 +1,169 @@
+"""Candidates judged whole: built, run on the search part, compared in pairs, timed, written to the journal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import openvino as ov
+
+from vinoopt import serde
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.accuracy.evaluate import Predictions, Scores, paired_drop, score
+from vinoopt.accuracy.metrics import Metric
+from vinoopt.compression.build import Workshop
+from vinoopt.compression.sensitivity import divergence
+from vinoopt.errors import CompressionError, DeviceError, MetricError, ToolchainError
+from vinoopt.records import (
+    AccuracyBudget,
+    CompressionPlan,
+    Measurement,
+    Precision,
+    Target,
+    Trial,
+    TrialState,
+)
+from vinoopt.store import Store
+
+JOURNAL = "trials.jsonl"
+PROBE_SAMPLES = 32
+"""Held-back samples that a damage probe runs: enough for a KL or a relative error to rank choices."""
+
+_CANDIDATE_ERRORS = (CompressionError, DeviceError, ToolchainError, MetricError)
+"""What may go wrong with one candidate without ending the search; a bug in this package ends it."""
+
+
+class Yardstick(Protocol):
+    """What the search asks of a target."""
+
+    @property
+    def target(self) -> Target:
+        """Where the result will run."""
+        ...
+
+    @property
+    def float_precisions(self) -> tuple[Precision, ...]:
+        """Float formats worth trying there; the first is the reference."""
+        ...
+
+    def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
+        """Latency of a candidate on the target, in whatever evidence can be had."""
+        ...
+
+    def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
+        """Outputs as the target would compute them, as nearly as this machine can."""
+        ...
+
+    def block_times(
+        self, plan: CompressionPlan, model: ov.Model, blocks: Sequence[str]
+    ) -> Mapping[str, float]:
+        """Microseconds per block on the target."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Judge:
+    """Judges plans for one target and remembers the verdicts, across runs through the store's journal."""
+
+    workshop: Workshop
+    yardstick: Yardstick
+    metric: Metric
+    budget: AccuracyBudget
+    data: Dataset
+    """The search part."""
+    reference: Predictions
+    """The float model's outputs on it, in f32."""
+    seed: int
+    store: Store
+    on_trial: Callable[[Trial], None] = lambda trial: None
+    trials: list[Trial] = field(default_factory=list)
+    _known: dict[str, Trial] = field(default_factory=dict)
+    _scores: Scores | None = None
+
+    def resume(self) -> int:
+        """Take over the finished trials of the journal that are for this target; gives their number."""
+        for line in self.store.lines(self._journal):
+            trial = serde.from_json(Trial, line, where=self._journal)
+            if trial.state is not TrialState.FAILED:  # what failed may have failed for want of memory or disk
+                self._known[_key(trial.plan)] = trial
+        return len(self._known)
+
+    def forget(self) -> None:
+        """Start a new journal."""
+        self.store.clear(self._journal)
+
+    @property
+    def reference_scores(self) -> Scores:
+        """The float model's scores on the search part."""
+        if self._scores is None:
+            self._scores = score(self.metric, self.reference, self.data, self.reference)
+        return self._scores
+
+    def judge(self, plan: CompressionPlan, *, note: str = "", is_anchor: bool = False) -> Trial:
+        """The trial of `plan`: from the journal where it was judged before, else built and run now.
+
+        A candidate over budget is not timed, unless it is an anchor that others are compared with. What goes
+        wrong with the candidate makes the trial `FAILED`, with the error kept.
+        """
+        known = self._known.get(_key(plan))
+        if known is not None and (known.latency is not None or not is_anchor):
+            trial = serde.replace(known, number=len(self.trials), note=note)
+        else:
+            trial = self._run(plan, note, is_anchor)
+            self.store.append(self._journal, serde.to_json(trial))
+            self._known[_key(plan)] = trial
+        self.trials.append(trial)
+        self.on_trial(trial)
+        return trial
+
+    def _run(self, plan: CompressionPlan, note: str, is_anchor: bool) -> Trial:
+        started = time.monotonic()
+        trial = Trial(
+            number=len(self.trials),
+            plan=plan,
+            state=TrialState.FAILED,
+            target=str(self.yardstick.target),
+            note=note,
+        )
+        try:
+            model = self.workshop.build(plan)
+            scores = score(
+                self.metric, self.yardstick.predict(plan, model, self.data), self.data, self.reference
+            )
+            drop = paired_drop(
+                self.metric, self.reference_scores, scores, budget=self.budget, seed=self.seed
+            ).value
+            is_inside = drop <= self.budget.max_drop
+            timed = self.yardstick.measure(plan, model) if is_inside or is_anchor else None
+        except _CANDIDATE_ERRORS as exc:
+            error = str(exc).splitlines()[0]
+            return serde.replace(trial, error=error, seconds=time.monotonic() - started)
+        return serde.replace(
+            trial,
+            state=TrialState.COMPLETE if is_inside else TrialState.OVER_BUDGET,
+            accuracy=scores.accuracy,
+            drop=drop,
+            latency=timed,
+            seconds=time.monotonic() - started,
+        )
+
+    def damage(self, plan: CompressionPlan, model: ov.Model) -> float:
+        """Divergence of a model from the float reference on a few samples of the search part."""
+        sample = self.probe_data
+        reference = [self.reference[i] for i in range(len(sample))]
+        return divergence(reference, list(self.yardstick.predict(plan, model, sample)))
+
+    @property
+    def probe_data(self) -> Dataset:
+        """The samples that damage probes run."""
+        return self.data.subset(range(min(PROBE_SAMPLES, len(self.data))))
+
+    @property
+    def _journal(self) -> str:
+        return f"{self.yardstick.target.slug}-{JOURNAL}"
+
+
+def _key(plan: CompressionPlan) -> str:
+    return serde.sha256_record(plan)

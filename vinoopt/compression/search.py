@@ -1,0 +1,324 @@
+"""The joint search: precisions and widths, one damage table, one cost table, one budget.
+
+Anchors first (the float model in every format the target likes, and plain INT8), so that there is a result from
+the first minute. Then tables: what each choice alone damages, and what it costs on the target. The frontier over
+both gives candidates from least damage to least time; since damage grows along it, bisection finds the fastest
+one inside the budget with few whole judgements. The sum of single damages is not the damage of the sum: around
+the candidate found, the damages of the blocks still in float are measured again, in its company, and the
+bisection goes on until it finds nothing faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vinoopt import serde
+from vinoopt.compression.frontier import FrontierPoint, Option, trace_frontier
+from vinoopt.compression.judge import Judge
+from vinoopt.compression.precision import find_blocks, with_float_blocks
+from vinoopt.compression.sensitivity import block_damages
+from vinoopt.errors import CompressionError
+from vinoopt.records import (
+    CompressionPlan,
+    Precision,
+    Preset,
+    QuantizationPlan,
+    Trial,
+    TrialState,
+)
+
+INT8 = "int8"
+FLOAT = "float"
+ROUNDS = {"fast": 1, "balanced": 2, "thorough": 4}
+"""How often tables are corrected and the frontier searched again, by effort."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchOptions:
+    """What the search may do."""
+
+    base: QuantizationPlan
+    """NNCF's recipe, with layers that must stay float."""
+    quantize: bool = True
+    is_transformer: bool = False
+    effort: str = "balanced"
+    deadline: float | None = None
+    """In `time.monotonic` seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchResult:
+    """What came out, with what was learnt on the way."""
+
+    trials: tuple[Trial, ...]
+    damages: Mapping[str, float]
+    """Output damage of each block alone in INT8."""
+    gains_us: Mapping[str, float]
+    """Time that INT8 saves in each block on the target; negative where it costs."""
+    reasons: tuple[str, ...]
+
+    @property
+    def candidates(self) -> tuple[Trial, ...]:
+        """Trials inside the budget that have a latency, the fastest first."""
+        inside = [t for t in self.trials if t.state is TrialState.COMPLETE and t.latency is not None]
+        unique = {serde.sha256_record(t.plan): t for t in inside}
+        return tuple(sorted(unique.values(), key=_latency))
+
+
+def search(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) -> SearchResult:
+    """Trials of the candidates worth judging; stops early at the deadline with what it has."""
+    run = _Run(judge=judge, options=options, say=say)
+    run.anchors()
+    if options.quantize:
+        run.precisions()
+    return SearchResult(
+        trials=tuple(judge.trials),
+        damages=run.damages,
+        gains_us=run.gains,
+        reasons=tuple(run.reasons),
+    )
+
+
+class _Run:
+    """One search and what it has learnt so far."""
+
+    def __init__(self, *, judge: Judge, options: SearchOptions, say: Callable[[str], None]) -> None:
+        self.judge = judge
+        self.options = options
+        self.say = say
+        self.damages: dict[str, float] = {}
+        self.gains: dict[str, float] = {}
+        self.reasons: list[str] = []
+
+    # ------------------------------------------------------------------ anchors
+
+    def anchors(self) -> None:
+        """The float model in each format, then plain INT8 in each format for what it leaves in float."""
+        formats = self.judge.yardstick.float_precisions
+        for precision in formats:
+            self.say(f"float model in {precision}")
+            self.judge.judge(CompressionPlan(float_precision=precision), note="float", is_anchor=True)
+        if not self.options.quantize:
+            return
+        for precision in formats:
+            self.say(f"plain INT8, the rest in {precision}")
+            self.judge.judge(
+                CompressionPlan(quantization=self.options.base, float_precision=precision),
+                note="plain INT8",
+                is_anchor=True,
+            )
+
+    # ------------------------------------------------------------------ precisions
+
+    def precisions(self) -> None:
+        """Candidates with some blocks in float: where INT8 hurts, and where it does not pay."""
+        recipe = self._recipe()
+        if recipe is None or self._is_late():
+            return
+        precision = self._rest_precision()
+        pair = self.judge.workshop.pair((), recipe)
+        blocks = [b.name for b in find_blocks(pair) if b.name not in recipe.float_layers]
+        if not blocks:
+            self.reasons.append("NNCF quantized no layer of this model, so there is nothing to choose between")
+            return
+        self._cost_table(recipe, precision, blocks)
+        whole = CompressionPlan(quantization=recipe, float_precision=precision)
+        is_inside = any(
+            t.state is TrialState.COMPLETE and t.plan.quantization is not None for t in self.judge.trials
+        )
+        slower = sorted(name for name in blocks if self.gains[name] <= 0)
+        if is_inside:
+            self._without_losers(whole, blocks, slower)
+            return
+        self.say(f"damage of each of {len(blocks)} blocks")
+        self._damage_table(whole, blocks)
+        self._bisect(whole, blocks)
+        for _ in range(ROUNDS[self.options.effort] - 1):
+            if self._is_late() or not self._correct(whole, blocks):
+                break
+
+    def _recipe(self) -> QuantizationPlan | None:
+        """The quantizer's recipe with the least damage when every block is INT8; None where all fail."""
+        base = self.options.base
+        inside = [t for t in self.judge.trials if t.state is TrialState.COMPLETE]
+        if any(t.plan.quantization is not None for t in inside):
+            return base
+        damages: dict[str, tuple[float, QuantizationPlan]] = {}
+        for name, recipe in _recipes(base, self.options).items():
+            if damages and self._is_late():
+                break
+            self.say(f"recipe {name}")
+            plan = CompressionPlan(quantization=recipe, float_precision=self._rest_precision())
+            try:
+                damages[name] = (self.judge.damage(plan, self.judge.workshop.build(plan)), recipe)
+            except CompressionError as exc:
+                self.reasons.append(f"recipe {name} failed: {exc}")
+        if not damages:
+            return None
+        best = min(damages, key=lambda name: damages[name][0])
+        if best != "plain":
+            self.reasons.append(f"recipe {best} does less damage than plain INT8 and is the ground of the search")
+        return damages[best][1]
+
+    def _rest_precision(self) -> Precision:
+        """The fastest float format whose float model is inside the budget."""
+        timed = [
+            t
+            for t in self.judge.trials
+            if t.plan.quantization is None and t.state is TrialState.COMPLETE and t.latency is not None
+        ]
+        return min(timed, key=_latency).plan.float_precision if timed else Precision.F32
+
+    def _cost_table(self, recipe: QuantizationPlan, precision: Precision, blocks: Sequence[str]) -> None:
+        workshop, yardstick = self.judge.workshop, self.judge.yardstick
+        in_float = CompressionPlan(float_precision=precision)
+        in_int8 = CompressionPlan(quantization=recipe, float_precision=precision)
+        slow = yardstick.block_times(in_float, workshop.build(in_float), blocks)
+        fast = yardstick.block_times(in_int8, workshop.build(in_int8), blocks)
+        self.gains = {name: slow.get(name, 0.0) - fast.get(name, 0.0) for name in blocks}
+
+    def _damage_table(self, whole: CompressionPlan, blocks: Sequence[str]) -> None:
+        table = block_damages(
+            blocks,
+            lambda names: self._damage_of(whole, set(blocks) - set(names)),
+            deadline=self._table_deadline(),
+        )
+        self.damages = dict(table.damages)
+
+    def _damage_of(self, whole: CompressionPlan, floats: set[str]) -> float:
+        pair = self.judge.workshop.pair(whole.widths, _recipe_of(whole))
+        names = floats | set(_recipe_of(whole).float_layers)
+        return self.judge.damage(whole, with_float_blocks(pair, names))
+
+    def _bisect(self, whole: CompressionPlan, blocks: Sequence[str]) -> Trial | None:
+        """Judge along the frontier of all blocks until the fastest candidate inside the budget is cornered."""
+        points = trace_frontier({name: self._options(name) for name in blocks})
+        self._explain(points[0])
+        return self._bisect_points(whole, points)
+
+    def _bisect_points(self, whole: CompressionPlan, points: Sequence[FrontierPoint]) -> Trial | None:
+        low, high = -1, len(points)  # points[low] is inside, points[high] outside
+        best: Trial | None = None
+        while high - low > 1 and not self._is_late():
+            middle = (low + high) // 2
+            floats = {name for name, pick in points[middle].picks.items() if pick == FLOAT}
+            trial = self._judge_floats(whole, floats, f"frontier point {middle + 1} of {len(points)}")
+            if trial.state is TrialState.COMPLETE:
+                low, best = middle, trial
+            else:
+                high = middle
+        return best
+
+    def _options(self, name: str) -> tuple[Option, ...]:
+        return (
+            Option(name=FLOAT, damage=0.0, time_us=max(self.gains[name], 0.0)),
+            Option(name=INT8, damage=self.damages[name], time_us=max(-self.gains[name], 0.0)),
+        )
+
+    def _correct(self, whole: CompressionPlan, blocks: Sequence[str]) -> bool:
+        """Measure again, around the best candidate, what its float blocks would damage; True if that helped."""
+        best = self._best_mixed(whole)
+        if best is None:
+            return False
+        floats = set(_recipe_of(best.plan).float_layers) & set(blocks)
+        paying = sorted((n for n in floats if self.gains[n] > 0), key=lambda n: -self.gains[n])
+        if not paying:
+            return False
+        ground = self._damage_of(whole, floats)
+        self.say(f"damage of {len(paying)} float blocks again, in the company of the best candidate")
+        deadline = self._table_deadline()
+        again: dict[str, float] = {}
+        for name in paying:
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            again[name] = max(self._damage_of(whole, floats - {name}) - ground, 0.0)
+        self.damages.update(again)
+        points = trace_frontier({name: self._options(name) for name in again})
+        fixed = floats - set(again)
+        points = tuple(
+            FrontierPoint(
+                picks={**p.picks, **dict.fromkeys(fixed, FLOAT)}, damage=p.damage, time_us=p.time_us
+            )
+            for p in points[1:]  # the first is the candidate itself
+        )
+        found = self._bisect_points(whole, points)
+        return found is not None
+
+    def _best_mixed(self, whole: CompressionPlan) -> Trial | None:
+        recipe = serde.replace(_recipe_of(whole), float_layers=())
+        mixed = [
+            t
+            for t in self.judge.trials
+            if t.state is TrialState.COMPLETE
+            and t.latency is not None
+            and t.plan.quantization is not None
+            and serde.replace(t.plan.quantization, float_layers=()) == recipe
+        ]
+        return min(mixed, key=_latency, default=None)
+
+    def _without_losers(self, whole: CompressionPlan, blocks: Sequence[str], slower: Sequence[str]) -> None:
+        """INT8 is inside the budget: leave it only where it costs time, and find a safer neighbour."""
+        if slower:
+            self.reasons.append(
+                f"{len(slower)} of {len(blocks)} blocks are not faster in INT8 on "
+                f"{self.judge.yardstick.target}: {', '.join(slower[:4])}{' ...' if len(slower) > 4 else ''}"
+            )
+            self._judge_floats(whole, set(slower), "INT8 only where it is faster")
+        if self.options.effort == "fast" or self._is_late():
+            return
+        self.say(f"damage of each of {len(blocks)} blocks, for a candidate with more reserve")
+        self._damage_table(whole, blocks)
+        points = trace_frontier({name: self._options(name) for name in blocks})
+        half = sum(self.damages.values()) / 2
+        safer = next((p for p in reversed(points) if p.damage <= half), points[0])
+        floats = {name for name, pick in safer.picks.items() if pick == FLOAT}
+        self._judge_floats(whole, floats, "half of the predicted damage")
+
+    def _judge_floats(self, whole: CompressionPlan, floats: set[str], note: str) -> Trial:
+        recipe = _recipe_of(whole)
+        names = tuple(sorted(floats | set(recipe.float_layers)))
+        plan = serde.replace(whole, quantization=serde.replace(recipe, float_layers=names))
+        self.say(f"{plan.title}: {note}")
+        return self.judge.judge(plan, note=note)
+
+    def _explain(self, start: FrontierPoint) -> None:
+        slower = sorted(name for name, gain in self.gains.items() if gain <= 0)
+        if slower:
+            self.reasons.append(f"{len(slower)} blocks stay float because INT8 does not make them faster")
+
+    def _is_late(self) -> bool:
+        return self.options.deadline is not None and time.monotonic() > self.options.deadline
+
+    def _table_deadline(self) -> float | None:
+        """A table may use half of the time that is left: the other half is for judging candidates."""
+        if self.options.deadline is None:
+            return None
+        now = time.monotonic()
+        return now + max(self.options.deadline - now, 0.0) / 2
+
+
+def _recipes(base: QuantizationPlan, options: SearchOptions) -> dict[str, QuantizationPlan]:
+    """Recipes worth comparing when plain INT8 is over budget, by effort."""
+    recipes = {"plain": base}
+    if options.effort == "fast":
+        return recipes
+    if base.preset is None and not base.is_transformer:
+        recipes["mixed preset"] = serde.replace(base, preset=Preset.MIXED)
+    if options.effort == "thorough":
+        recipes["accurate bias correction"] = serde.replace(base, fast_bias_correction=False)
+        recipes["histogram ranges"] = serde.replace(base, activation_range="histogram")
+        if base.is_transformer:
+            recipes["weaker smoothing"] = serde.replace(base, smooth_quant_alpha=0.5)
+    return recipes
+
+
+def _recipe_of(plan: CompressionPlan) -> QuantizationPlan:
+    if plan.quantization is None:
+        raise ValueError("the plan quantizes nothing")
+    return plan.quantization
+
+
+def _latency(trial: Trial) -> float:
+    return trial.latency.latency_p50_ms if trial.latency is not None else float("inf")

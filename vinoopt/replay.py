@@ -1,0 +1,58 @@
+"""Opens a bundle as its user will: with `openvino` and `numpy` alone, in a process of its own.
+
+Run as a child: it answers with the largest departure of the replayed outputs from the golden ones.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from vinoopt.toolchains.process import serve
+
+
+def replay(folder: Path, target: str, device: str) -> dict[str, Any]:
+    """Largest departure of each golden call, relative to the largest golden value of its output.
+
+    `folder` is the bundle, `target` the name of the target's folder in it, `device` OpenVINO's. The departure
+    of an output is max|y - golden| / max|golden| over all calls; anything not finite counts as infinite.
+    """
+    properties = json.loads((folder / target / "runtime.json").read_text(encoding="utf-8"))
+    model = ov.Core().compile_model(folder / target / "model.xml", device, properties)
+    worst = 0.0
+    with np.load(folder / "golden.npz") as golden:
+        tolerance = float(golden[f"tolerance/{target}"])
+        calls = int(golden["calls"])
+        for call in range(calls):
+            inputs = {
+                key.removeprefix(f"input/{call}/"): golden[key]
+                for key in golden.files
+                if key.startswith(f"input/{call}/")
+            }
+            results = model(inputs)
+            for index, output in enumerate(model.outputs):
+                expected = golden[f"output/{target}/{call}/{index}"]
+                worst = max(worst, departure(expected, results[output]))
+    return {"departure": worst, "tolerance": tolerance, "calls": calls, "openvino": ov.__version__}
+
+
+def departure(expected: Any, actual: Any) -> float:
+    """max|actual - expected| / max|expected|; infinite for other shapes and values that are not finite."""
+    e, a = np.asarray(expected, np.float64), np.asarray(actual, np.float64)
+    if e.shape != a.shape or not np.isfinite(a).all():
+        return float("inf")
+    if not e.size:
+        return 0.0
+    return float(np.abs(a - e).max() / max(float(np.abs(e).max()), 1e-6))
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    return replay(Path(request["folder"]), request["target"], request["device"])
+
+
+if __name__ == "__main__":
+    serve(_answer)

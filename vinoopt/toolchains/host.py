@@ -1,0 +1,173 @@
+"""Devices that are here: OpenVINO compiles for them in this process and says what every layer became."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+
+from vinoopt.errors import DeviceError
+from vinoopt.records import (
+    Availability,
+    Build,
+    Device,
+    DeviceSpec,
+    Evidence,
+    LayerReport,
+    RuntimeProperties,
+    Target,
+)
+
+_BLOB_DEVICES = frozenset({Device.GPU, Device.NPU})
+"""Devices whose compiled form is worth shipping; a CPU's is compiled from IR in less time than it takes to copy."""
+_PROFILED_RUNS = 12
+_SETTLING_RUNS = 3
+
+
+class HostToolchain:
+    """OpenVINO's own plugins on the devices of this machine."""
+
+    def probe(self, spec: DeviceSpec) -> Availability:
+        """Whether OpenVINO lists the device here."""
+        devices = {name.partition(".")[0] for name in ov.Core().available_devices}
+        if spec.kind.value in devices:
+            return Availability(ok=True, name="openvino", version=ov.__version__)
+        return Availability(
+            ok=False,
+            name="openvino",
+            version=ov.__version__,
+            reason=f"OpenVINO lists no {spec.kind} on this machine (it lists {', '.join(sorted(devices))})",
+            fix=f"install the {spec.kind} driver, or name a shipped profile to compile without the device",
+        )
+
+    def compile(
+        self,
+        model_path: Path,
+        spec: DeviceSpec,
+        *,
+        properties: RuntimeProperties,
+        output: Path,
+        timeout_s: float,
+    ) -> Build:
+        """The IR at `model_path` compiled on its device, with a blob at `output` for GPU and NPU.
+
+        `timeout_s` is not used: a plugin of this process cannot be stopped. Raises `DeviceError` where OpenVINO
+        refuses model or properties.
+        """
+        started = time.monotonic()
+        compiled = compile_here(model_path, spec.kind, properties.as_dict())
+        compile_ms = (time.monotonic() - started) * 1e3
+        blob = None
+        if spec.kind in _BLOB_DEVICES:
+            data = compiled.export_model()
+            output.write_bytes(data)
+            blob = hashlib.sha256(data).hexdigest()
+        return Build(
+            target=Target(profile=spec.name, device=spec.kind),
+            toolchain=f"openvino {ov.__version__}",
+            evidence=Evidence.COMPILED,
+            properties=properties,
+            blob=output.name if blob else None,
+            blob_sha256=blob,
+            compile_ms=compile_ms,
+            layers=tuple(describe_layers(compiled)),
+        )
+
+
+def compile_here(model: Path | ov.Model, device: Device, properties: Mapping[str, str]) -> ov.CompiledModel:
+    """The model compiled on a device of this machine; raises `DeviceError` with OpenVINO's reason."""
+    try:
+        return ov.Core().compile_model(model, device.value, dict(properties))
+    except RuntimeError as exc:
+        raise DeviceError(
+            f"OpenVINO cannot compile the model for {device} with {dict(properties)}: {reason_of(exc)}"
+        ) from exc
+
+
+def reason_of(exc: RuntimeError) -> str:
+    """The part of an OpenVINO error that says something: its last line, without the stack of source places."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (telling or lines or [type(exc).__name__])[-1]
+
+
+def describe_layers(compiled: ov.CompiledModel) -> Iterable[LayerReport]:
+    """Every executed layer with its kernel and precision; inputs, outputs and constants are left out."""
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        kind = _text(info, "layerType")
+        if kind in ("Input", "Output", "Const", "Parameter", "Result", ""):
+            continue
+        yield LayerReport(
+            name=node.get_friendly_name(),
+            type=kind,
+            precision=_text(info, "runtimePrecision"),
+            kernel=_text(info, "primitiveType"),
+        )
+
+
+def layer_times(
+    model: ov.Model,
+    device: Device,
+    properties: Mapping[str, str],
+    samples: Iterable[Mapping[str, npt.NDArray[Any]]],
+    *,
+    blocks: Collection[str],
+) -> dict[str, float]:
+    """Microseconds per block, from the device's own performance counters: medians over a few runs.
+
+    The time of an executed layer that fuses several goes to the `blocks` among the layers it came from; reorders
+    and quantizers that the plugin put in go to the layer they feed. What belongs to no block is left out: it is
+    the same in every plan. Raises `DeviceError`.
+    """
+    compiled = compile_here(model, device, {**properties, "PERF_COUNT": "YES"})
+    origins = _origins(compiled)
+    request = compiled.create_infer_request()
+    feed = list(samples)[:_PROFILED_RUNS]
+    if not feed:
+        raise DeviceError("layer times need at least one sample")
+    runs: dict[str, list[float]] = {}
+    for number in range(_SETTLING_RUNS + max(_PROFILED_RUNS, len(feed))):
+        request.infer(feed[number % len(feed)], share_inputs=True)
+        if number < _SETTLING_RUNS:
+            continue
+        for entry in request.get_profiling_info():
+            runs.setdefault(entry.node_name, []).append(entry.real_time.total_seconds() * 1e6)
+    times = dict.fromkeys(blocks, 0.0)
+    for executed, values in runs.items():
+        owners = [name for name in origins.get(executed, []) if name in times]
+        for name in owners:
+            times[name] += float(np.median(values)) / len(owners)
+    return times
+
+
+def _origins(compiled: ov.CompiledModel) -> dict[str, list[str]]:
+    """Executed layer -> names of IR layers it stands for; inserted layers stand for the one they feed."""
+    graph = compiled.get_runtime_model()
+    names = {
+        node.get_friendly_name(): [
+            n for n in _text(node.get_rt_info(), "originalLayersNames").split(",") if n
+        ]
+        for node in graph.get_ordered_ops()
+    }
+    for node in graph.get_ordered_ops():
+        if names[node.get_friendly_name()]:
+            continue
+        fed = [
+            edge.get_node().get_friendly_name() for out in node.outputs() for edge in out.get_target_inputs()
+        ]
+        names[node.get_friendly_name()] = next((names[name] for name in fed if names.get(name)), [])
+    return names
+
+
+def _text(info: Any, key: str) -> str:
+    try:
+        return str(info[key].astype(str))
+    except (KeyError, RuntimeError, AttributeError):
+        return str(info[key]) if key in info else ""
