@@ -370,7 +370,7 @@ def _values(metric: Metric, statistics: Sequence[Any], counts: Array) -> Array:
     quick = getattr(metric, "values", None)
     if quick is not None:
         return np.asarray(quick(statistics, counts), dtype=np.float64)
-    rows = (np.repeat(np.arange(len(statistics)), row) for row in counts)
+    rows = (np.repeat(np.arange(len(statistics)), row).tolist() for row in counts)
     return np.asarray([metric.value([statistics[i] for i in picks]) for picks in rows], dtype=np.float64)
 
 
@@ -407,4 +407,4 @@ def _plain(number: float) -> str:
 
 
 def _percent(number: float) -> str:
-    return f"{_plain(100 * number)}% of the float value"
+    return f"{_plain(100 * number)}%"

@@ -204,7 +204,8 @@ class _Pooled:
         """Values [R] where sample i counts `counts[r, i]` times."""
         table = np.asarray(statistics, dtype=np.float64)
         sums = np.tensordot(counts.astype(np.float64), table, axes=(1, 0))
-        return self._of_sums(sums).min(axis=1)
+        worst: Array = self._of_sums(sums).min(axis=1)
+        return worst
 
     def _of_sums(self, sums: Array) -> Array:
         raise NotImplementedError
@@ -314,7 +315,7 @@ def find_metric(
 
 def metric_names() -> tuple[str, ...]:
     """Every name that `find_metric` knows, `auto` and plug-ins included, sorted."""
-    return tuple(sorted({"auto", *_FACTORIES, *(point.name for point in entry_points(group=GROUP))}))
+    return tuple(sorted({"auto", *_FACTORIES, *(point.name for point in _plug_ins())}))
 
 
 def looks_like_classifier(spec: TensorSpec) -> bool:
@@ -423,9 +424,17 @@ _FACTORIES: dict[str, Callable[..., Metric]] = {
 }
 
 
+# Loaded by name like a plug-in, so that a run without boxes never imports it.
+_SHIPPED = (EntryPoint(name="map", value="vinoopt.accuracy.detection:mean_average_precision", group=GROUP),)
+
+
+def _plug_ins() -> tuple[EntryPoint, ...]:
+    return (*_SHIPPED, *entry_points(group=GROUP))
+
+
 def _plugged(name: str) -> Callable[..., Any]:
-    """The factory behind an entry point; raises `MetricError` where there is none, or where it fails to load."""
-    points: tuple[EntryPoint, ...] = tuple(entry_points(group=GROUP, name=name))
+    """The factory behind an entry point; raises `MetricError` where none is found or it fails to load."""
+    points = [point for point in _plug_ins() if point.name == name]
     if not points:
         known = list(metric_names())
         raise MetricError(f'unknown metric "{name}"{nearest(name, known)}; known: {", ".join(known)}')
