@@ -61,7 +61,7 @@ def read_schedule(trace: Mapping[str, Any]) -> Schedule:
     try:
         statistics = trace["taskStatistics"]
         total = float(statistics["total duration"])
-        tasks = [_Task.of(event) for event in trace["traceEvents"] if event.get("cat") in ENGINES]
+        tasks = [_Task.of(event) for event in trace["traceEvents"] if _is_task(event)]
         types = {
             str(event["name"]): str(event["args"].get("Layer type", ""))
             for event in trace["traceEvents"]
@@ -123,8 +123,18 @@ class _Task:
             engine=ENGINES[event["cat"]],
             start=start,
             end=start + float(event["dur"]),
-            precision=element.group(1) if element else "",
+            precision=_format_name(element.group(1)) if element else "",
         )
+
+
+def _format_name(element: str) -> str:
+    """OpenVINO's name of an element type: the compiler writes `ui8` and `si8`."""
+    return re.sub(r"^(u|s)i(?=\d)", lambda found: "u" if found.group(1) == "u" else "i", element)
+
+
+def _is_task(event: Mapping[str, Any]) -> bool:
+    """Whether an event is a task, and not one of the workloads into which a DPU task is cut."""
+    return event.get("cat") in ENGINES and "/variant_" not in str(event["name"])
 
 
 def _layers(tasks: list[_Task], types: Mapping[str, str], total: float) -> Iterable[LayerReport]:
