@@ -25,7 +25,6 @@ ANY_RANK: tuple[int | str, ...] = ("...",)
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
 _MIN_IR = 3
-_MIN_OPSET = 7
 _MAX_PROTOBUF_BYTES = (1 << 31) - 1
 
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
@@ -102,7 +101,7 @@ def load_onnx(path: Path) -> OnnxFile:
 
     Raises `ModelError` where the file is missing, damaged, not ONNX, or its external data is missing or lies
     outside the model's folder; `UnsupportedModelError` where an input or output is not a tensor of numbers,
-    or the format is older than IR 3 or opset 7.
+    or the format is older than IR 3.
     """
     proto = read_proto(path)
     opset = _checked_versions(path, proto)
@@ -182,11 +181,6 @@ def _checked_versions(path: Path, proto: onnx.ModelProto) -> int:
     if opset == 0 and uses_default:
         raise ModelError(
             f"{path}: no opset version in it, so it is cut short or damaged; copy or export it again"
-        )
-    if 0 < opset < _MIN_OPSET:
-        raise UnsupportedModelError(
-            f"{path}: opset {opset} is older than {_MIN_OPSET}, the oldest that is read; "
-            f"convert it: onnx.version_converter.convert_version(model, 17)"
         )
     return opset
 

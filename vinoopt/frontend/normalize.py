@@ -23,6 +23,7 @@ from vinoopt.frontend.load import OnnxFile, load_onnx
 from vinoopt.frontend.names import assign_names, bodies
 from vinoopt.records import Device, PreprocessSpec, TensorSpec
 
+OLDEST_TESTED_OPSET = 7
 _FLOATS_TO_F32 = {ov.Type.f16: "float16", ov.Type.bf16: "bfloat16", ov.Type.f64: "float64"}
 _NUMPY_NAMES = {
     ov.Type.f32: "float32",
@@ -131,6 +132,10 @@ def _read(onnx: OnnxFile) -> ov.Model:
 def _messages(onnx: OnnxFile, inner: list[str], inputs: tuple[TensorSpec, ...]) -> Iterator[str]:
     if onnx.complaint:
         yield f"onnx.checker: {onnx.complaint}; OpenVINO reads the model all the same"
+    if 0 < onnx.opset < OLDEST_TESTED_OPSET:
+        yield (
+            f"opset {onnx.opset} is older than {OLDEST_TESTED_OPSET}, the oldest that OpenVINO and ONNX Runtime test"
+        )
     if onnx.quantized:
         yield f"already quantized ({onnx.quantized}): taken as it is"
     if inner:
