@@ -212,7 +212,7 @@ class _Feed:
     spec: TensorSpec
     array: Array
     cut: str
-    """`rows`: axis 0 is the batch axis; `calls`: each entry is a whole call; `constant`: the same each time."""
+    """`rows`: axis 0 is the batch axis; `calls`: each entry is a whole call; `constant`: fed to every call."""
     where: str
 
     @property

@@ -111,8 +111,8 @@ def from_arrays(
     """A dataset of arrays in memory, read through once and checked.
 
     `data` is a dictionary of arrays by input name, one array for a model with one input, or a sequence of
-    samples (each a dictionary, or an array). Arrays of the input's rank are cut along axis 0 into calls of the
-    model's batch size; arrays of one rank more hold one call per entry. `labels` has one entry per sample.
+    samples (each a dictionary, or an array). Arrays of the input's rank are cut along axis 0 into calls of
+    the model's batch size; arrays of one rank more hold one call per entry. `labels` has one entry per sample.
     Raises `DataError` for wrong names, shapes, dtypes, counts, for values that are not finite, and for fewer
     than 10 samples.
     """
@@ -152,7 +152,8 @@ def _finish(
     if calls * batch < MIN_SAMPLES or calls < 3:
         amount = f"{calls * batch} samples" + (f" in {calls} calls of {batch}" if batch > 1 else "")
         raise DataError(
-            f"{title}: {amount} is too little; give at least {max(MIN_SAMPLES, 3 * batch)}, better 300 or more"
+            f"{title}: {amount} is too little; "
+            f"give at least {max(MIN_SAMPLES, 3 * batch)}, better 300 or more"
         )
     if not isinstance(reader, ImageReader):
         for index in range(calls):
@@ -220,7 +221,7 @@ def _load_file(path: Path, inputs: Sequence[TensorSpec], labels: str | None) -> 
 def _load_folder(
     path: Path, inputs: Sequence[TensorSpec], labels: str | None, preprocess: Sequence[PreprocessSpec]
 ) -> Dataset:
-    everything = sorted(file for file in path.rglob("*") if file.is_file())
+    everything = sorted((file for file in path.rglob("*") if file.is_file()), key=Path.as_posix)
     images = [file for file in everything if file.suffix.lower() in IMAGE_SUFFIXES]
     arrays = [file for file in everything if file.suffix.lower() in (".npy", ".npz")]
     if images and arrays:
@@ -269,8 +270,8 @@ def _load_code(source: str, inputs: Sequence[TensorSpec], labels: str | None, al
     if isinstance(data, Dataset):
         if read is None:
             return data
-        grouped = group_labels(read, calls=len(data), batch=data.batch, where=f"{source}: labels")
-        return replace(data, labels=grouped)
+        grouped, batch = group_labels(read, calls=len(data), batch=data.batch, where=f"{source}: labels")
+        return replace(data, labels=grouped, batch=batch)
     if not isinstance(data, (Mapping, np.ndarray, Sequence)):
         raise DataError(
             f"{source}: is {type(data).__name__}; give a dictionary of arrays, an array, or a list"
@@ -328,8 +329,8 @@ def split(
     """The dataset cut once into calibration, search and test parts by a seeded permutation.
 
     One pool: calibration takes `subset_size` calls but at most 30 %, test 40 %, search the rest. With
-    `calibration` given the pool gives 40 % to search and 60 % to test; with `test` given, calibration takes at
-    most half and search the rest; with both, all of it is for the search. Nothing is stratified. Every part
+    `calibration` given the pool gives 40 % to search and 60 % to test; with `test` given, calibration takes
+    at most half and search the rest; with both, all of it is for the search. Nothing is stratified. Every part
     gets at least one call; raises `DataError` where the pool is too small for that.
     """
     count = len(dataset)

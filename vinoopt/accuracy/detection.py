@@ -75,7 +75,7 @@ def _corners(centre: Array, extent: Array) -> Array:
 def _yolox(raw: Array, size: tuple[int, int]) -> Detections:
     """[N, 5 + C]: offsets to a grid cell, log extents in strides, objectness, class scores.
 
-    Ge et al., "YOLOX: Exceeding YOLO Series in 2021", arXiv 2107.08430; the export without `--decode_in_inference`.
+    Ge et al., "YOLOX: Exceeding YOLO Series in 2021", arXiv 2107.08430; exported without its own decoding.
     """
     for strides in ((8, 16, 32), (8, 16, 32, 64)):
         grids = [_grid(size, stride) for stride in strides]
@@ -150,7 +150,8 @@ def box_iou(one: Array, other: Array) -> Array:
     shared = np.prod(np.clip(high - low, 0, None), axis=2)
     areas = [np.prod(np.clip(b[:, 2:] - b[:, :2], 0, None), axis=1) for b in (one, other)]
     union = areas[0][:, None] + areas[1][None, :] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    iou: Array = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    return iou
 
 
 def select(found: Detections, *, score_threshold: float, nms_threshold: float | None) -> Detections:
@@ -251,14 +252,14 @@ class MeanAveragePrecision:
 
     def check_labels(self, labels: Any) -> None:
         """Raises `DataError` for labels that are no boxes, or of classes that the model does not have."""
-        for label in labels:
-            for boxes in label if isinstance(label, tuple) else (label,):
-                if not isinstance(boxes, BoxLabels):
-                    raise DataError(_LABELS_HINT)
-                if len(boxes.classes) and boxes.classes.max() >= self.classes:
-                    raise DataError(
-                        f"box of class {boxes.classes.max()}, the model has classes 0 to {self.classes - 1}"
-                    )
+        images = [image for label in labels for image in (label if isinstance(label, tuple) else (label,))]
+        if not all(isinstance(image, BoxLabels) for image in images):
+            raise DataError(_LABELS_HINT)
+        kinds = np.concatenate([image.classes for image in images])
+        if not kinds.size:
+            raise DataError("map: no image of this part has a labelled box")
+        if kinds.max() >= self.classes:
+            raise DataError(f"box of class {kinds.max()}, the model has classes 0 to {self.classes - 1}")
 
     def value(self, statistics: Sequence[Any]) -> float:
         """mAP by faster-coco-eval; NaN where no image has an object."""
@@ -347,12 +348,12 @@ def _coco_tables(images: Sequence[ImageMatches]) -> tuple[dict[str, Any], list[d
     found: list[dict[str, Any]] = []
     for number, image in enumerate(images, 1):
         for box, kind in zip(_as_xywh(image.objects.boxes), image.objects.classes, strict=True):
-            entry = {"id": len(truth) + 1, "image_id": number, "category_id": int(kind) + 1, "iscrowd": 0}
-            truth.append({**entry, "bbox": box, "area": box[2] * box[3]})
+            entry: dict[str, Any] = {"image_id": number, "category_id": int(kind) + 1, "bbox": box}
+            truth.append({**entry, "id": len(truth) + 1, "area": box[2] * box[3], "iscrowd": 0})
         own = image.found
         for box, kind, score in zip(_as_xywh(own.boxes), own.classes, own.scores, strict=True):
-            entry = {"image_id": number, "category_id": int(kind) + 1, "bbox": box, "score": float(score)}
-            found.append(entry)
+            entry = {"image_id": number, "category_id": int(kind) + 1, "bbox": box}
+            found.append({**entry, "score": float(score)})
     kinds = sorted({row["category_id"] for row in (*truth, *found)})
     sizes = [image.objects.size for image in images]
     return {
@@ -386,7 +387,8 @@ def resampled_map(images: Sequence[ImageMatches], counts: Array) -> Array:
             positives = counts[part] @ objects
             total[part] += _average_precision(counts[part][:, owner[places]], hits[places], positives)
             present[part] += positives > 0
-    return np.divide(total, present, out=np.full(len(counts), np.nan), where=present > 0)
+    mean: Array = np.divide(total, present, out=np.full(len(counts), np.nan), where=present > 0)
+    return mean
 
 
 def _average_precision(weights: Array, hits: Array, positives: Array) -> Array:
@@ -410,4 +412,5 @@ def _average_precision(weights: Array, hits: Array, positives: Array) -> Array:
         reached[right == 0] = 0
         steps = np.diff(reached, axis=1, prepend=0)
         total += (precision * steps).sum(axis=1) / len(RECALL_THRESHOLDS)
-    return total / hits.shape[1]
+    mean: Array = total / hits.shape[1]
+    return mean

@@ -95,7 +95,7 @@ def predict(
     try:
         queue = ov.AsyncInferQueue(compiled)
         queue.set_callback(collect)
-        is_stateful = bool(compiled.create_infer_request().query_state())
+        is_stateful = bool(queue[0].query_state())
         for index in range(total):
             sample = dataset[index]
             if is_stateful:
@@ -281,23 +281,16 @@ def _interval(
             return _no_change(metric, reference.value, value, relative=relative, samples=samples, limit=limit)
         sign = 1.0 if metric.higher_is_better else -1.0
         found, method = intervals.bootstrap_means(sign * before, sign * after, relative=relative, seed=seed)
-    elif _are_same(reference.statistics, candidate.statistics):
-        return _no_change(metric, reference.value, value, relative=relative, samples=samples, limit=limit)
     else:
         drops = _drops_of_counts(metric, reference, candidate, relative)
         found, method = intervals.bootstrap_counts(drops, samples=samples, seed=seed)
+        if found[0] == found[1]:
+            return _no_change(metric, reference.value, value, relative=relative, samples=samples, limit=limit)
     return found, method, _root_rule(value, found[1], limit, samples)
 
 
 def _are_hits(statistics: Array) -> bool:
     return bool(np.isin(statistics, (0.0, 1.0)).all())
-
-
-def _are_same(before: Sequence[Any], after: Sequence[Any]) -> bool:
-    """Whether all statistics are equal; only those that are numbers can be told to be."""
-    if not isinstance(before[0], (float, np.ndarray)):
-        return False
-    return all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def _hits_interval(before: Array, after: Array, *, exact: bool, relative: bool, limit: float) -> _Found:
@@ -311,10 +304,8 @@ def _hits_interval(before: Array, after: Array, *, exact: bool, relative: bool, 
             return intervals.relative_interval(both * times, lost * times, won * times, samples * times)
         return intervals.difference_interval(lost * times, won * times, samples * times)
 
-    if exact:
-        method = "exact (Clopper-Pearson)"
-    else:
-        method = "score (Nam-Blackwelder)" if relative else "score (Tango)"
+    score_method = "score (Nam-Blackwelder)" if relative else "score (Tango)"
+    method = "exact (Clopper-Pearson)" if exact else score_method
     return interval(1.0), method, _smallest(lambda times: interval(times)[1], limit, samples)
 
 
@@ -337,12 +328,13 @@ def _no_change(
 ) -> _Found:
     """Every sample changed by the same amount (mostly none), so resampling sees no spread.
 
-    For a share, samples like those that were not drawn could still fall to 0: the exact upper limit of their
+    For a share, samples that were not drawn could still be wholly wrong: the exact upper limit of their
     share, with no event in so many samples, bounds the drop.
     """
     if metric.unit != "share":
         return (value, value), "all samples change alike", None
-    worst = 1.0 if relative else abs(reference)
+    room = reference if metric.higher_is_better else 1.0 - reference
+    worst = room / abs(reference) if relative else room
 
     def high(times: float) -> float:
         return value + intervals.exact_interval(0.0, samples * times)[1] * worst

@@ -149,9 +149,10 @@ def image_reader(
     is_nhwc = _is_nhwc(spec, root)
     if np.dtype(spec.dtype) != np.uint8 and chosen is None:
         raise DataError(
-            f'{root}: input "{spec.name}" takes {spec.dtype} {shape_text(spec.shape)}, and how images become such '
-            "numbers is not known; give --mean and --scale (and --colour-order BGR where it applies) to embed the "
-            "preprocessing, with --mean 0 --scale 1 for a model that takes 0 to 255, or store ready arrays as npz"
+            f'{root}: input "{spec.name}" takes {spec.dtype} {shape_text(spec.shape)}, and how images become '
+            "such numbers is not known; give --mean and --scale (and --colour-order BGR where it applies) to "
+            "embed the preprocessing, with --mean 0 --scale 1 for a model that takes 0 to 255, "
+            "or store ready arrays as npz"
         )
     chosen = chosen or PreprocessSpec()
     if chosen.fit not in FITS:

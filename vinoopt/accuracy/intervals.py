@@ -24,7 +24,7 @@ _CHUNK_CELLS = 4_000_000
 
 
 def difference_interval(lost: float, won: float, samples: float) -> Interval:
-    """Score interval of p(reference hits) - p(candidate hits), from the discordant pairs of so many samples.
+    """Score interval of p(reference hits) - p(candidate hits), from discordant pairs of so many samples.
 
     `lost`: only the reference hits; `won`: only the candidate. It has a width even where no pair is discordant.
     Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
@@ -46,8 +46,8 @@ def difference_interval(lost: float, won: float, samples: float) -> Interval:
 def relative_interval(both: float, lost: float, won: float, samples: float) -> Interval:
     """Score interval of 1 - p(candidate hits) / p(reference hits), paired.
 
-    Nam and Blackwelder, "Analysis of the ratio of marginal probabilities in a matched-pair setting", Statistics
-    in Medicine 21 (2002) 689-699. The reference must hit at least once.
+    Nam and Blackwelder, "Analysis of the ratio of marginal probabilities in a matched-pair setting",
+    Statistics in Medicine 21 (2002) 689-699. The reference must hit at least once.
     """
     reference, candidate = (both + lost) / samples, (both + won) / samples
     only_won, only_lost, any_hit = won / samples, lost / samples, (both + lost + won) / samples
@@ -98,7 +98,7 @@ def _score_limits(score: Callable[[float], float], centre: float, *, low: float,
 
 
 def bootstrap_means(reference: Array, candidate: Array, *, relative: bool, seed: int) -> tuple[Interval, str]:
-    """Interval of the mean of `reference - candidate`, or of that over the reference's mean; and the method.
+    """Interval of the mean of `reference - candidate`, or of its ratio to the reference's; and the method.
 
     BCa (Efron, "Better bootstrap confidence intervals", JASA 82 (1987) 171-185), the percentile interval for
     large samples.

@@ -35,36 +35,28 @@ Labels = Array | Sequence[Label]
 """Labels of all calls: int64 [calls] or [calls, batch], or one object per call."""
 
 
-def group_labels(labels: Any, *, calls: int, batch: int, where: str) -> Labels:
-    """Labels per call: int64 [calls], [calls, batch], or a tuple where they are no numbers.
+def group_labels(labels: Any, *, calls: int, batch: int, where: str) -> tuple[Labels, int]:
+    """Labels per call, and how many samples of a call have one of their own: 1 or `batch`.
 
-    A whole batch's labels belong to its call; the labels of a last, partial batch are left out. Raises
-    `DataError` for a wrong count, or for labels that are not whole numbers from 0.
+    Numbers in one or two axes are class indices and become int64 [calls] or [calls, batch]; anything else stays
+    as it is, in a tuple. The labels of a last, partial batch are left out. Raises `DataError` for a wrong
+    count, or for class indices that are not whole numbers from 0.
     """
     if not isinstance(labels, np.ndarray):
         labels = list(labels)
-        if labels and not isinstance(labels[0], (int, float, np.generic, list, tuple, np.ndarray)):
-            return _group_objects(labels, calls=calls, batch=batch, where=where)
-    numbers = whole_numbers(np.asarray(labels), where)
-    count = numbers.size
-    if numbers.ndim > 2 or not (count == calls or calls * batch <= count < (calls + 1) * batch):
-        raise DataError(
-            f"{where}: {count} labels for {calls * batch} samples"
-            + (f" in {calls} calls of {batch}" if batch > 1 else "")
-        )
-    flat = numbers.reshape(-1)
+        if not labels or (np.ndim(labels[0]) == 0 and isinstance(labels[0], (int, float, np.generic, str))):
+            labels = np.asarray(labels)
+    if isinstance(labels, np.ndarray) and labels.ndim <= 2:
+        labels = whole_numbers(labels, where).reshape(-1)
+    count = len(labels)
     if count == calls:
-        return flat
-    flat = flat[: calls * batch]
-    return flat.reshape(calls, batch) if batch > 1 else flat
-
-
-def _group_objects(labels: list[Any], *, calls: int, batch: int, where: str) -> Labels:
-    if len(labels) == calls:
-        return tuple(labels)
-    if not calls * batch <= len(labels) < (calls + 1) * batch:
-        raise DataError(f"{where}: {len(labels)} labels for {calls * batch} samples")
-    return tuple(tuple(labels[i * batch : (i + 1) * batch]) for i in range(calls))
+        return (labels if isinstance(labels, np.ndarray) and labels.ndim == 1 else tuple(labels)), 1
+    if not calls * batch <= count < (calls + 1) * batch:
+        text = f" in {calls} calls of {batch}" if batch > 1 else ""
+        raise DataError(f"{where}: {count} labels for {calls * batch} samples{text}")
+    if isinstance(labels, np.ndarray) and labels.ndim == 1:
+        return labels[: calls * batch].reshape(calls, batch), batch
+    return tuple(tuple(labels[call * batch : (call + 1) * batch]) for call in range(calls)), batch
 
 
 def whole_numbers(labels: Array, where: str) -> Array:
@@ -167,7 +159,7 @@ def read_boxes(folder: Path, images: ImageReader) -> tuple[BoxLabels, ...]:
     An image without a file has no objects. Raises `DataError` for a malformed line, or where no file belongs
     to any image.
     """
-    found = {path.stem: path for path in sorted(folder.rglob("*.txt"))}
+    found = {path.stem: path for path in sorted(folder.rglob("*.txt"), key=Path.as_posix)}
     stems = {path.stem for path in images.files}
     if not stems & found.keys():
         raise DataError(f"{folder}: no .txt file has the name of an image in {images.root}")
@@ -198,6 +190,7 @@ def _box_row(line: str, where: str) -> list[float]:
         raise DataError(f"{where}: not numbers: {line[:60]!r}") from exc
     if len(row) != 5 or row[0] != int(row[0]) or row[0] < 0 or not all(-0.01 <= v <= 1.01 for v in row[1:]):
         raise DataError(
-            f"{where}: not `class cx cy w h` with a class index from 0 and shares of width and height: {line[:60]!r}"
+            f"{where}: not `class cx cy w h` with a class index from 0 and shares of width and height: "
+            f"{line[:60]!r}"
         )
     return row

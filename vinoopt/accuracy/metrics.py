@@ -29,19 +29,25 @@ SQNR_CEILING_DB = 120.0
 class Metric(Protocol):
     """Accuracy of a set of samples, from one statistic per sample.
 
-    `is_mean` says that the value is the mean of the statistics, which are then numbers. A metric that is no mean
-    may offer `values(statistics, counts) -> [R]`, its value where sample i counts `counts[r, i]` times: the
-    bootstrap is quick then. It may offer `check_labels(labels)`, which raises `DataError` early.
+    A metric that is no mean may offer `values(statistics, counts) -> [R]`, its value where sample i counts
+    `counts[r, i]` times: the bootstrap is quick then. Any metric may offer `check_labels(labels)`, which raises
+    `DataError` before inference starts.
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The word that finds it."""
+        ...
 
     @property
-    def higher_is_better(self) -> bool: ...
+    def higher_is_better(self) -> bool:
+        """Which way it points."""
+        ...
 
     @property
-    def needs_labels(self) -> bool: ...
+    def needs_labels(self) -> bool:
+        """Whether a label comes with every sample."""
+        ...
 
     @property
     def needs_reference(self) -> bool:
@@ -54,7 +60,9 @@ class Metric(Protocol):
         ...
 
     @property
-    def is_mean(self) -> bool: ...
+    def is_mean(self) -> bool:
+        """Whether the value is the mean of the statistics, which are then numbers."""
+        ...
 
     def statistic(self, outputs: Outputs, label: Any, reference: Outputs | None) -> Any:
         """What one sample adds; `reference` holds the float model's outputs for it."""
