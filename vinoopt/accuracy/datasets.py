@@ -158,11 +158,9 @@ def _finish(
     if not isinstance(reader, ImageReader):
         for index in range(calls):
             reader[index]
-    grouped = (
-        None if labels is None else group_labels(labels, calls=calls, batch=batch, where=f"{title}: labels")
-    )
-    if isinstance(grouped, np.ndarray):
-        batch = grouped.shape[1] if grouped.ndim == 2 else 1
+    grouped = None
+    if labels is not None:
+        grouped, batch = group_labels(labels, calls=calls, batch=batch, where=f"{title}: labels")
     return Dataset(
         reader=reader, labels=grouped, title=title, batch=batch, messages=messages + reader.messages
     )

@@ -77,8 +77,9 @@ def predict(
     needs `INFERENCE_PRECISION_HINT` `f32`. Variables of stateful models are reset before every call. Raises
     `DeviceError` where OpenVINO cannot compile or run it.
     """
+    # Compiling gives names to outputs that have none, different ones in every model.
+    names = [_output_name(output, number) for number, output in enumerate(model.outputs)]
     compiled = _compiled(model, device, properties or {})
-    names = [_output_name(output, number) for number, output in enumerate(compiled.outputs)]
     store, waiting = Predictions(), dict[int, dict[str, Array]]()
     total = len(dataset)
 
