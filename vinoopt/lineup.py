@@ -1,0 +1,329 @@
+"""Who runs in a benchmark: from the words of a request to contestants and the samples they run on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import openvino as ov
+from pydantic import Field
+
+from vinoopt.accuracy.datasets import Dataset, load_dataset
+from vinoopt.bench import Contestant, Engine, Sample
+from vinoopt.bundle import GOLDEN, MANIFEST, open_bundle
+from vinoopt.compression.quantize import quantize
+from vinoopt.errors import BundleError, DeviceError, InputError, ModelError
+from vinoopt.frontend import shapes
+from vinoopt.frontend.load import load_onnx
+from vinoopt.frontend.normalize import SourceModel, load_model
+from vinoopt.frontend.parity import random_samples
+from vinoopt.frontend.preprocess import compute, resolve
+from vinoopt.records import (
+    CompileRequest,
+    Device,
+    PreprocessSpec,
+    QuantizationPlan,
+    Record,
+    RuntimeProperties,
+    TensorSpec,
+)
+
+SAMPLES = 64
+"""Fresh inputs that requests cycle through."""
+SUBSET_SIZE = 300
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+_FOR_ALL = ("PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_NUM_THREADS", "PERFORMANCE_HINT_NUM_REQUESTS")
+"""Properties of a request that all contestants get; the others are the main model's own."""
+
+
+class LineupRequest(Record):
+    """What shall be measured against what."""
+
+    model: str
+    """A bundle, or an ONNX, IR or blob file."""
+    against: tuple[str, ...] = ()
+    """`fp32`, `bf16`, `int8` (plain `nncf.quantize`), `onnxruntime`, or a path like `model`."""
+    device: str = "CPU"
+    properties: RuntimeProperties = RuntimeProperties()
+    data: str | None = None
+    preprocess: tuple[PreprocessSpec, ...] = ()
+    shape: str | None = None
+    batch: int | None = Field(default=None, ge=1)
+    allow_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lineup:
+    """Contestants, the main model first, and their common samples."""
+
+    contestants: tuple[Contestant, ...]
+    samples: tuple[Sample, ...]
+    messages: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Main:
+    """The model in question, and the ONNX file behind it where that is known."""
+
+    contestant: Contestant
+    inputs: tuple[TensorSpec, ...]
+    onnx: Path | None = None
+    shape: str | None = None
+    preprocess: tuple[PreprocessSpec, ...] = ()
+    data: str | None = None
+    golden: Path | None = None
+
+    def source(self) -> SourceModel:
+        """The float model; `InputError` where its ONNX file is not known or gone."""
+        if self.onnx is None or not self.onnx.is_file():
+            place = (
+                f"{self.onnx} is gone" if self.onnx else f"{self.contestant.name} does not tell its ONNX file"
+            )
+            raise InputError(f"{place}; name the float model with --against PATH")
+        return load_model(self.onnx, shape=self.shape, preprocess=self.preprocess)
+
+
+def line_up(request: LineupRequest) -> Lineup:
+    """Everything `bench.measure` needs for the request, the quantized reference included.
+
+    Raises `InputError` and its kin for what cannot be found or does not fit together.
+    """
+    main = _main(request)
+    samples = _samples(request, main)
+    contestants = [main.contestant]
+    for word in dict.fromkeys(request.against):
+        build = _REFERENCES.get(word, _path_reference)
+        contestants.append(build(request, main, word, samples))
+    return Lineup(contestants=tuple(contestants), samples=samples.measured, messages=samples.messages)
+
+
+# --------------------------------------------------------------------------- the main model
+
+
+def _main(request: LineupRequest) -> _Main:
+    path = Path(request.model)
+    if path.is_dir():
+        return _from_bundle(request, path)
+    openers = {".onnx": _from_onnx, ".xml": _from_ir, ".blob": _from_blob}
+    if path.suffix not in openers:
+        raise InputError(f"{path} is neither a bundle nor one of {', '.join(openers)}")
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    return openers[path.suffix](request, path)
+
+
+def _from_bundle(request: LineupRequest, path: Path) -> _Main:
+    if not (path / MANIFEST).is_file():
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}")
+    if request.shape or request.batch or request.preprocess:
+        raise InputError(f"{path} is a bundle: its shapes and preprocessing were fixed when it was compiled")
+    bundle = open_bundle(path)
+    result = bundle.result(request.device)
+    folder = path / result.target.slug
+    own = json.loads((folder / "runtime.json").read_text(encoding="utf-8"))
+    asked: CompileRequest = bundle.manifest.request
+    contestant = Contestant(
+        name=path.name,
+        model=folder / "model.xml",
+        device=_device_name(request.device, result.target.device),
+        properties={**own, **request.properties.as_dict()},
+    )
+    return _Main(
+        contestant=contestant,
+        inputs=bundle.manifest.inputs,
+        onnx=Path(asked.model),
+        shape=asked.shape,
+        preprocess=asked.preprocess,
+        data=asked.calibration_data or asked.data,
+        golden=path / GOLDEN,
+    )
+
+
+def _from_onnx(request: LineupRequest, path: Path) -> _Main:
+    shape = _shape_text(load_onnx(path).inputs, request)
+    source = load_model(path, shape=shape, preprocess=request.preprocess)
+    return _Main(
+        contestant=_contestant(request, path.stem, source.model),
+        inputs=source.inputs,
+        onnx=path,
+        shape=shape,
+        preprocess=request.preprocess,
+    )
+
+
+def _from_ir(request: LineupRequest, path: Path) -> _Main:
+    _refuse_preprocess(request, path)
+    try:
+        model = ov.Core().read_model(path)
+    except RuntimeError as exc:
+        raise ModelError(f"{path} cannot be read: {str(exc).strip().splitlines()[-1]}") from exc
+    inputs = _port_specs(model.inputs)
+    shape = _shape_text(inputs, request)
+    if shape is not None:
+        shapes.apply_shapes(model, shape, inputs)
+    return _Main(contestant=_contestant(request, path.stem, model), inputs=_port_specs(model.inputs))
+
+
+def _from_blob(request: LineupRequest, path: Path) -> _Main:
+    _refuse_preprocess(request, path)
+    if request.shape or request.batch:
+        raise InputError(f"{path} is a blob: its shapes were fixed when it was compiled")
+    try:
+        compiled = ov.Core().import_model(path.read_bytes(), request.device)
+    except RuntimeError as exc:
+        raise DeviceError(
+            f"{path} cannot be imported on {request.device}: {str(exc).strip().splitlines()[-1]}"
+        ) from exc
+    return _Main(contestant=_contestant(request, path.stem, path), inputs=_port_specs(compiled.inputs))
+
+
+def _contestant(request: LineupRequest, name: str, model: ov.Model | Path) -> Contestant:
+    return Contestant(name=name, model=model, device=request.device, properties=request.properties.as_dict())
+
+
+def _refuse_preprocess(request: LineupRequest, path: Path) -> None:
+    if request.preprocess:
+        raise InputError(f"{path}: preprocessing can be embedded into ONNX files only")
+
+
+def _device_name(asked: str, device: Device) -> str:
+    """OpenVINO's name for the device: `GPU.1` as asked, else the kind the target is of."""
+    return asked if asked.partition(".")[0] == device.value else device.value
+
+
+def _shape_text(inputs: Sequence[TensorSpec], request: LineupRequest) -> str | None:
+    """`--shape`, or open batches (first dimensions) closed with `--batch`, 1 by default."""
+    if request.shape is not None:
+        return request.shape
+    parts = []
+    for spec in inputs:
+        is_open = bool(spec.shape) and not isinstance(spec.shape[0], int)
+        if spec.shape and "..." not in spec.shape and (is_open or request.batch is not None):
+            dims = (request.batch or 1, *spec.shape[1:])
+            parts.append(f"{spec.name}[{','.join(str(dim) for dim in dims)}]")
+    return ",".join(parts) or None
+
+
+def _port_specs(ports: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            name=min(port.names) if port.names else port.node.get_friendly_name(),
+            shape=shapes.spec_shape(port.partial_shape),
+            dtype=str(np.dtype(port.element_type.to_dtype())),
+        )
+        for port in ports
+    )
+
+
+# --------------------------------------------------------------------------- samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Samples:
+    measured: tuple[Sample, ...]
+    calibration: Dataset | None
+    """None where the inputs are too few, or not real."""
+    messages: tuple[str, ...]
+
+
+def _samples(request: LineupRequest, main: _Main) -> _Samples:
+    source = request.data or (main.data if main.data and Path(main.data).exists() else None)
+    if source is not None:
+        dataset = load_dataset(
+            source, inputs=main.inputs, preprocess=main.preprocess, allow_code=request.allow_code
+        )
+        measured = tuple(dataset[i] for i in range(min(len(dataset), SAMPLES)))
+        return _Samples(measured=measured, calibration=dataset, messages=dataset.messages)
+    if main.golden is not None and main.golden.is_file():
+        message = "inputs are the bundle's golden ones"
+        return _Samples(measured=_golden_samples(main.golden), calibration=None, messages=(message,))
+    made = random_samples(cast(SourceModel, _Inputs(main.inputs)), SAMPLES)
+    message = "inputs are random numbers; give --data for real ones"
+    return _Samples(measured=tuple(made), calibration=None, messages=(message,))
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """All that `random_samples` reads of a model."""
+
+    inputs: tuple[TensorSpec, ...]
+
+
+def _golden_samples(path: Path) -> tuple[Sample, ...]:
+    with np.load(path) as golden:
+        heads = [f"input/{call}/" for call in range(int(golden["calls"]))]
+        return tuple(
+            {key.removeprefix(head): golden[key] for key in golden.files if key.startswith(head)}
+            for head in heads
+        )
+
+
+# --------------------------------------------------------------------------- references
+
+
+def _common(request: LineupRequest) -> dict[str, str]:
+    return {key: value for key, value in request.properties.items if key in _FOR_ALL}
+
+
+def _float_reference(request: LineupRequest, main: _Main, word: str, samples: _Samples) -> Contestant:
+    precision = {"fp32": "f32", "bf16": "bf16"}[word]
+    properties = {**_common(request), "INFERENCE_PRECISION_HINT": precision}
+    return Contestant(
+        name=word, model=main.source().model, device=main.contestant.device, properties=properties
+    )
+
+
+def _int8_reference(request: LineupRequest, main: _Main, word: str, samples: _Samples) -> Contestant:
+    if samples.calibration is None:
+        raise InputError("--against int8 quantizes the float model here and needs --data to calibrate it")
+    device = main.contestant.device
+    plan = QuantizationPlan(subset_size=SUBSET_SIZE)
+    kind = Device(device.partition(".")[0])
+    model = quantize(main.source().model, plan, samples.calibration, device=kind)
+    return Contestant(name=word, model=model, device=device, properties=_common(request))
+
+
+def _onnxruntime_reference(request: LineupRequest, main: _Main, word: str, samples: _Samples) -> Contestant:
+    source = main.source()
+    threads = {k: v for k, v in _common(request).items() if k == "INFERENCE_NUM_THREADS"}
+    specs = resolve(main.preprocess, source.model_inputs)
+    tensors = {spec.name: spec for spec in source.model_inputs}
+    own = [
+        {
+            name: compute(specs[name], value, tensors[name]) if name in specs else value
+            for name, value in sample.items()
+        }
+        for sample in samples.measured
+    ]
+    return Contestant(
+        name=word, model=source.path, properties=threads, engine=Engine.ONNXRUNTIME, samples=own
+    )
+
+
+def _path_reference(request: LineupRequest, main: _Main, word: str, samples: _Samples) -> Contestant:
+    if not Path(word).exists():
+        known = ", ".join(_REFERENCES)
+        raise InputError(f'--against "{word}": neither a file or bundle, nor one of {known}')
+    is_onnx = Path(word).suffix == ".onnx"
+    other = LineupRequest(
+        model=word,
+        device=request.device,
+        properties=RuntimeProperties.of(_common(request)),
+        preprocess=main.preprocess if is_onnx else (),
+        shape=main.shape if is_onnx else None,
+    )
+    found = _main(other).contestant
+    name = word if found.name == main.contestant.name else found.name
+    return Contestant(name=name, model=found.model, device=found.device, properties=found.properties)
+
+
+_REFERENCES: dict[str, Callable[[LineupRequest, _Main, str, _Samples], Contestant]] = {
+    "fp32": _float_reference,
+    "bf16": _float_reference,
+    "int8": _int8_reference,
+    "onnxruntime": _onnxruntime_reference,
+}
