@@ -216,9 +216,7 @@ def _build(
     spec: DeviceSpec, attempt: _Attempt, values: dict[str, Any], properties: RuntimeProperties
 ) -> Build:
     device = values["device"]
-    layers = tuple(
-        LayerReport(**layer) for layer in values["layers"] if layer["type"] not in ("Result", "Input")
-    )
+    layers = tuple(LayerReport(**layer) for layer in values["layers"])
     mac = [layer for layer in layers if layer.type.lower() in _MAC_TYPES]
     in_int8 = [layer for layer in mac if layer.precision in _INT8]
     return Build(

@@ -14,6 +14,7 @@ from typing import Any
 import openvino as ov
 
 from vinoopt.errors import ToolchainMissing, ToolchainRefused
+from vinoopt.toolchains.host import describe_layers, reason_of
 from vinoopt.toolchains.process import serve
 
 _CL_DEVICE_TYPE_GPU = 4
@@ -33,14 +34,13 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         is_quantized = any(op.get_type_name() == "FakeQuantize" for op in model.get_ordered_ops())
         # A cache made here holds weights that no kernel ever wrote: it must not meet a real device.
         compiled = core.compile_model(model, "GPU", {**request["properties"], "CACHE_DIR": ""})
-        runtime = compiled.get_runtime_model()
     except RuntimeError as exc:
-        raise ToolchainRefused(f"OpenVINO's GPU plugin refused the model: {_reason(exc)}") from exc
+        raise ToolchainRefused(f"OpenVINO's GPU plugin refused the model: {reason_of(exc)}") from exc
     return {
         "device": device,
         "is_quantized": is_quantized,
         "seconds": time.perf_counter() - started,
-        "layers": _layers(runtime),
+        "layers": [layer.model_dump(mode="json") for layer in describe_layers(compiled)],
         "memory": {k: int(v) for k, v in core.get_property("GPU", "GPU_MEMORY_STATISTICS").items()},
     }
 
@@ -77,29 +77,6 @@ def _driver_version() -> str:
     if failed:
         raise ToolchainMissing(f"the OpenCL driver does not tell its version (OpenCL error {failed})")
     return text.value.decode("ascii", errors="replace")
-
-
-def _layers(runtime: ov.Model) -> list[dict[str, str]]:
-    layers = []
-    for op in runtime.get_ordered_ops():
-        info = {key: str(value.value) for key, value in op.get_rt_info().items()}
-        originals = info.get("originalLayersNames", "").split(",")
-        layers.append(
-            {
-                "name": originals[0] or op.get_friendly_name(),
-                "type": info.get("layerType", ""),
-                "precision": info.get("runtimePrecision", ""),
-                "kernel": info.get("primitiveType", ""),
-            }
-        )
-    return layers
-
-
-def _reason(exc: RuntimeError) -> str:
-    """The sentence of OpenVINO's message that says something: without the source lines before it."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
-    return " ".join(telling or lines)
 
 
 if __name__ == "__main__":  # a process started by multiprocessing imports this module again
