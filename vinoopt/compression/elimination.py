@@ -1,0 +1,194 @@
+"""In which order units leave a group, and what each step costs the outputs that read them.
+
+The Optimal Brain Surgeon (Hassibi and Stork 1993) removes a weight by the loss it causes once all the others have
+been adjusted for it. Here the loss is the squared error of linear outputs, the others are the columns that stay, and
+a step removes all columns of a unit at once (Optimal Brain Compression, Frantar et al. 2022, arXiv 2208.11580,
+section 4, blocks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cholesky
+from scipy.linalg.lapack import dpotri
+from threadpoolctl import threadpool_limits
+
+Matrix: TypeAlias = NDArray[np.float64]
+Indices: TypeAlias = NDArray[np.intp]
+
+_PENDING_COLUMNS = 256
+"""How many columns of updates wait before they are applied at once as a matrix product."""
+
+_LEAST_DAMPING = 1e-12
+"""For columns that never move: keeps the covariance invertible."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reader:
+    """Outputs `x @ weights` of centred columns x, and the columns that each unit of a group has among them."""
+
+    covariance: Matrix
+    """[columns, columns]"""
+    weights: Matrix
+    """[columns, outputs]"""
+    unit_columns: tuple[Indices, ...]
+    """Per unit; empty where this reader does not see the unit."""
+
+    @property
+    def variance(self) -> float:
+        """Variance of the outputs, summed over them."""
+        return float(np.einsum("ij,ij->", self.covariance @ self.weights, self.weights))
+
+
+def order_by_surgery(readers: Sequence[Reader], *, damping: float) -> Indices:
+    """Units in the order of greedy elimination, cheapest first: at each step the one that costs the readers least.
+
+    A reader's cost counts relative to the variance of its outputs. `damping` times the mean of the diagonal is
+    added to every covariance. For U units of t columns among K, with O outputs, a reader takes O(U t K (K + O))
+    operations and two K x K matrices.
+    """
+    # Thousands of small products: on a busy machine waiting for a second thread costs more than it computes.
+    with threadpool_limits(limits=1, user_api="blas"):
+        return _eliminate_all([_Elimination(reader, damping) for reader in readers])
+
+
+def _eliminate_all(states: Sequence[_Elimination]) -> Indices:
+    units = states[0].total
+    alive = np.ones(units, dtype=np.bool_)
+    order = np.empty(units, dtype=np.intp)
+    for step in range(units):
+        costs = np.sum([state.costs() for state in states], axis=0)
+        order[step] = unit = int(np.argmin(np.where(alive, costs, np.inf)))
+        alive[unit] = False
+        for state in states:
+            state.eliminate(unit)
+    return order
+
+
+def nested_damage(reader: Reader, order: Indices, *, damping: float) -> Matrix:
+    """[units + 1]: share of the outputs' variance lost when so many units are kept and the rest leave in `order`.
+
+    The columns that stay are refitted. One Cholesky factor serves all widths: with the columns sorted by how
+    long they stay and `R^T R` the damped covariance, the loss of keeping the first p is the squared norm of
+    the rows of `R W` from p on.
+    """
+    staying = [reader.unit_columns[unit] for unit in order[::-1]]
+    fixed = _fixed_columns(reader)
+    columns = np.concatenate([fixed, *staying])
+    ends = len(fixed) + np.cumsum([0, *map(len, staying)])
+    factor = cholesky(_damped(reader.covariance, damping)[np.ix_(columns, columns)], lower=False)
+    energy = np.square(factor @ reader.weights[columns]).sum(axis=1)
+    lost = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
+    damage: Matrix = lost[ends] / max(reader.variance, np.finfo(np.float64).tiny)
+    return damage
+
+
+def _fixed_columns(reader: Reader) -> Indices:
+    is_fixed = np.ones(len(reader.weights), dtype=np.bool_)
+    for columns in reader.unit_columns:
+        is_fixed[columns] = False
+    return np.flatnonzero(is_fixed)
+
+
+def _damped(covariance: Matrix, damping: float) -> Matrix:
+    damped: Matrix = covariance.copy()
+    level = damping * float(np.mean(np.diag(covariance)))
+    damped[np.diag_indices_from(damped)] += max(level, _LEAST_DAMPING)
+    return damped
+
+
+class _Elimination:
+    """The state of one reader during greedy elimination: inverse covariance and weights of what is left.
+
+    Columns are laid out unit by unit, padded to the same number for each with columns that no output reads,
+    the fixed ones behind. The inverse is kept as `base - pending @ pending.T`.
+    """
+
+    def __init__(self, reader: Reader, damping: float) -> None:
+        taps = max(1, max(map(len, reader.unit_columns)))
+        units = len(reader.unit_columns)
+        layout = np.full((units, taps), -1, dtype=np.intp)
+        for unit, columns in enumerate(reader.unit_columns):
+            layout[unit, : len(columns)] = columns
+        source = np.concatenate([layout.ravel(), _fixed_columns(reader)])
+        is_real = source >= 0
+        self._taps = taps
+        self._slots = np.arange(units)
+        """Unit -> its place among those that are left; -1 once it is gone."""
+        self._units = np.arange(units)
+        self._weights = np.where(is_real[:, None], reader.weights[source], 0.0)
+        self._weights /= max(reader.variance, np.finfo(np.float64).tiny) ** 0.5
+        self._base = np.eye(len(source))
+        real = np.flatnonzero(is_real)
+        self._base[np.ix_(real, real)] = _inverse(_damped(reader.covariance, damping))[
+            np.ix_(source[real], source[real])
+        ]
+        self._pending = np.empty((len(source), 0))
+        self._blocks = self._diagonal_blocks()
+        self.total = units
+
+    def _diagonal_blocks(self) -> Matrix:
+        count, taps = len(self._units), self._taps
+        spread = self._base[: count * taps, : count * taps].reshape(count, taps, count, taps)
+        return np.ascontiguousarray(np.einsum("utus->uts", spread))
+
+    def costs(self) -> Matrix:
+        """[units]: relative loss if the unit went next; undefined for those that have gone."""
+        count, taps = len(self._units), self._taps
+        weights = self._weights[: count * taps].reshape(count, taps, -1)
+        gram = weights @ weights.transpose(0, 2, 1)
+        if taps == 1:
+            losses = gram[:, 0, 0] / self._blocks[:, 0, 0]
+        else:
+            losses = np.einsum("uts,uts->u", np.linalg.inv(self._blocks), gram)
+        costs = np.zeros(self.total)
+        costs[self._units] = losses
+        return costs
+
+    def eliminate(self, unit: int) -> None:
+        """Take the unit out and adjust the weights of all columns that are left."""
+        slot, taps = int(self._slots[unit]), self._taps
+        here = slice(slot * taps, (slot + 1) * taps)
+        panel = self._base[:, here] - self._pending @ self._pending[here].T
+        whiten = np.linalg.inv(np.linalg.cholesky(self._blocks[slot])).T
+        update = panel @ whiten
+        self._weights -= update @ (whiten.T @ self._weights[here])
+        self._weights[here] = 0.0
+        count = len(self._units)
+        pieces = update[: count * taps].reshape(count, taps, taps)
+        self._blocks -= pieces @ pieces.transpose(0, 2, 1)
+        self._blocks[slot] = np.eye(taps)
+        self._pending = np.concatenate([self._pending, update], axis=1)
+        self._slots[unit] = -1
+        if self._pending.shape[1] >= _PENDING_COLUMNS:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Apply what is pending and drop the columns of units that have gone."""
+        left = self._slots[self._units] >= 0
+        keep = np.flatnonzero(np.append(np.repeat(left, self._taps), np.ones(self._fixed, dtype=np.bool_)))
+        pending = self._pending[keep]
+        self._base = self._base[np.ix_(keep, keep)] - pending @ pending.T
+        self._weights = self._weights[keep]
+        self._blocks = self._blocks[left]
+        self._units = self._units[left]
+        self._slots[self._units] = np.arange(len(self._units))
+        self._pending = np.empty((len(keep), 0))
+
+    @property
+    def _fixed(self) -> int:
+        return len(self._weights) - len(self._units) * self._taps
+
+
+def _inverse(matrix: Matrix) -> Matrix:
+    """Inverse of a symmetric positive definite matrix, through its Cholesky factor."""
+    factor = cholesky(matrix, lower=True)
+    inverse, _ = dpotri(factor, lower=1, overwrite_c=1)
+    lower: Matrix = np.tril(inverse)
+    full: Matrix = lower + np.tril(lower, -1).T
+    return full
