@@ -25,7 +25,7 @@ ANY_RANK: tuple[int | str, ...] = ("...",)
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
 _MIN_IR = 3
-_MAX_PROTOBUF_BYTES = (1 << 31) - 1
+MAX_PROTOBUF_BYTES = (1 << 31) - 1
 
 _SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (
@@ -89,6 +89,9 @@ class OnnxFile:
     """Over the file and its external data."""
     size_bytes: int
     """Of the file and its external data."""
+    has_functions: bool
+    """Whether it calls functions of its own."""
+    has_sparse_weights: bool
     external_data: tuple[Path, ...] = ()
     complaint: str = ""
     """What onnx.checker finds wrong with it; empty where it is valid."""
@@ -119,12 +122,14 @@ def load_onnx(path: Path) -> OnnxFile:
         inputs=inputs,
         outputs=outputs,
         quantized=_quantized(proto),
+        has_functions=bool(proto.functions),
+        has_sparse_weights=_has_sparse_weights(proto),
         has_half_precision=_has_half_precision(proto),
         sha256=_sha256(path, external),
         size_bytes=sum(file.stat().st_size for file in (path, *external)),
         external_data=external,
         complaint="",
-        names=_names(proto),
+        names=names_in(proto),
     )
     del proto, graph  # the checker below reads the file a second time: hold one copy of the graph, not two
     return _with_complaint(facts)
@@ -162,7 +167,7 @@ def _check_head(path: Path, head: bytes, size: int) -> None:
     for offset, mark, what in _SIGNATURES:
         if head[offset:].lstrip().startswith(mark):
             raise ModelError(f"{path}: this is {what}")
-    if size > _MAX_PROTOBUF_BYTES:
+    if size > MAX_PROTOBUF_BYTES:
         raise ModelError(
             f"{path}: a single ONNX file cannot exceed 2 GB (this has {size / 2**30:.1f} GB); save it with "
             "external data: onnx.save(model, path, save_as_external_data=True)"
@@ -195,7 +200,7 @@ def _with_complaint(facts: OnnxFile) -> OnnxFile:
         onnx.checker.check_model(str(facts.path))
     except (onnx.checker.ValidationError, ValueError, RuntimeError) as exc:
         first = next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
-        return replace(facts, complaint=first)
+        return replace(facts, complaint=first.rstrip(".:"))
     return facts
 
 
@@ -215,11 +220,12 @@ def _walk_graph(
     for node in nodes:
         yield node, outer
         for attribute in node.attribute:
-            for graph in _graphs(attribute):
+            for graph in graphs_of(attribute):
                 yield from _walk_graph(list(graph.node), (*outer, node))
 
 
-def _graphs(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+def graphs_of(attribute: onnx.AttributeProto) -> list[onnx.GraphProto]:
+    """The graphs that an attribute holds (branches, loop bodies)."""
     if attribute.type == onnx.AttributeProto.GRAPH:
         return [attribute.g]
     return list(attribute.graphs)
@@ -234,7 +240,7 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     graphs = [proto.graph]
     for node, _ in walk_nodes(proto):
         for attribute in node.attribute:
-            graphs.extend(_graphs(attribute))
+            graphs.extend(graphs_of(attribute))
             yield attribute.t
             yield from attribute.tensors
             for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
@@ -245,14 +251,15 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             yield from (sparse.values, sparse.indices)
 
 
-def _names(proto: onnx.ModelProto) -> frozenset[str]:
+def names_in(proto: onnx.ModelProto) -> frozenset[str]:
+    """Names of all inputs, weights, nodes and the tensors they produce."""
     graph = proto.graph
     names = {value.name for value in graph.input} | constant_names(graph)
     for node, outer in walk_nodes(proto):
         names.add(node.name)
         names.update(node.output)
         for attribute in node.attribute if not outer else ():
-            for inner in _graphs(attribute):
+            for inner in graphs_of(attribute):
                 names.update(value.name for value in inner.input)
                 names.update(constant_names(inner))
     return frozenset(names - {""})
@@ -266,6 +273,14 @@ def _has_half_precision(proto: onnx.ModelProto) -> bool:
         any(value.type.tensor_type.elem_type in half for value in doors)
         or any(tensor.data_type in half for tensor in _tensors(proto))
         or any(kind in half for kind in casts)
+    )
+
+
+def _has_sparse_weights(proto: onnx.ModelProto) -> bool:
+    attributes = [attribute for node, _ in walk_nodes(proto) for attribute in node.attribute]
+    inner = [graph for attribute in attributes for graph in graphs_of(attribute)]
+    return any(graph.sparse_initializer for graph in (proto.graph, *inner)) or any(
+        attribute.type == onnx.AttributeProto.SPARSE_TENSOR for attribute in attributes
     )
 
 

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openvino as ov
+from onnx.defs import onnx_opset_version
 from openvino import opset13 as ops
 from openvino._offline_transformations import apply_moc_transformations
 from openvino.preprocess import PrePostProcessor
 
-from vinoopt.errors import UnsupportedModelError
+from vinoopt.errors import ModelError, UnsupportedModelError
 from vinoopt.frontend import preprocess as images
 from vinoopt.frontend import refusal, shapes
-from vinoopt.frontend.load import OnnxFile, load_onnx
+from vinoopt.frontend.load import OnnxFile, load_onnx, names_in, read_proto
 from vinoopt.frontend.names import assign_names, bodies
+from vinoopt.frontend.rewrite import rewritten
 from vinoopt.records import Device, PreprocessSpec, TensorSpec
 
 OLDEST_TESTED_OPSET = 7
@@ -34,6 +36,8 @@ _NUMPY_NAMES = {
     **{getattr(ov.Type, f"i{bits}"): f"int{bits}" for bits in (4, 8, 16, 32, 64)},
     **{getattr(ov.Type, f"u{bits}"): f"uint{bits}" for bits in (4, 8, 16, 32, 64)},
 }
+_AMBIGUOUS = "single static assignment"
+"""A tensor with two producers: OpenVINO would take either."""
 _TYPE_ATTRIBUTES = ("destination_type", "output_type")
 _ATTENTION_WALK = frozenset(
     {
@@ -77,7 +81,7 @@ def load_model(
     something it needs, `ShapeError` and `PreprocessError` where those do not fit the model.
     """
     onnx = load_onnx(Path(path))
-    model = _read(onnx)
+    model, names = _read(onnx)
     if shape is not None:
         shapes.apply_shapes(model, shape, onnx.inputs)
     model_inputs = _specs(model.inputs, onnx.inputs)
@@ -88,7 +92,7 @@ def load_model(
     model = images.embed(model, by_index)
     model = _restore_door(model, by_index, model_inputs, onnx.outputs)
     apply_moc_transformations(model, cf=True)
-    assign_names(model, onnx.names, inputs=onnx.inputs, outputs=onnx.outputs)
+    assign_names(model, names, inputs=onnx.inputs, outputs=onnx.outputs)
 
     inputs = tuple(
         spec.model_copy(update={"layout": by_index[i].image_layout}) if i in by_index else spec
@@ -115,18 +119,23 @@ def require_static(source: SourceModel, device: Device) -> None:
     shapes.require_static(source.model_inputs, device=device, shown=source.path.name)
 
 
-def _read(onnx: OnnxFile) -> ov.Model:
-    """The one place where OpenVINO reads the file; weights stay mapped from disk."""
+def _read(onnx: OnnxFile) -> tuple[ov.Model, frozenset[str]]:
+    """The graph, its weights mapped from disk, and the names in it: the one place where OpenVINO reads it."""
+    proto = rewritten(onnx)
     try:
-        model = ov.Core().read_model(str(onnx.path))
+        model = ov.Core().read_model(str(onnx.path) if proto is None else proto.SerializeToString())
     except RuntimeError as exc:
-        raise refusal.explain(onnx.path, str(exc), onnx.complaint) from exc
+        proto = proto or read_proto(onnx.path)
+        raise refusal.explain(onnx.path, proto, reason=str(exc), complaint=onnx.complaint) from exc
+    names = onnx.names if proto is None else names_in(proto)
+    if onnx.complaint and (_AMBIGUOUS in onnx.complaint or len(model.inputs) != len(onnx.inputs)):
+        raise ModelError(f"{onnx.path}: not valid ONNX: {onnx.complaint}; export the model again")
     if len(model.inputs) != len(onnx.inputs) or len(model.outputs) != len(onnx.outputs):
         raise UnsupportedModelError(
             f"{onnx.path}: OpenVINO reads {len(model.inputs)} inputs, {len(model.outputs)} outputs where "
             f"the file has {len(onnx.inputs)} and {len(onnx.outputs)}; remove what is named twice"
         )
-    return model
+    return model, names
 
 
 def _messages(onnx: OnnxFile, inner: list[str], inputs: tuple[TensorSpec, ...]) -> Iterator[str]:
@@ -136,6 +145,8 @@ def _messages(onnx: OnnxFile, inner: list[str], inputs: tuple[TensorSpec, ...]) 
         yield (
             f"opset {onnx.opset} is older than {OLDEST_TESTED_OPSET}, the oldest that OpenVINO and ONNX Runtime test"
         )
+    if onnx.opset > onnx_opset_version():
+        yield f"opset {onnx.opset} is newer than {onnx_opset_version()}, the newest that is known here"
     if onnx.quantized:
         yield f"already quantized ({onnx.quantized}): taken as it is"
     if inner:

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from vinoopt.errors import ModelError, UnsupportedModelError
-from vinoopt.frontend.load import DEFAULT_DOMAINS, describe, read_proto, walk_nodes
+from vinoopt.frontend.load import DEFAULT_DOMAINS, describe, walk_nodes
 
 _Found = tuple[onnx.NodeProto, tuple[onnx.NodeProto, ...]]
 
@@ -24,13 +24,13 @@ _NOISE = re.compile(
 _SHOWN = 3
 
 
-def explain(path: Path, reason: str, complaint: str) -> ModelError:
+def explain(path: Path, proto: onnx.ModelProto, *, reason: str, complaint: str) -> ModelError:
     """The error to raise for a model that `core.read_model` refused with `reason`.
 
     `complaint` is what onnx.checker said; a file that breaks ONNX's own rules is a `ModelError`, a valid one
     that OpenVINO cannot read an `UnsupportedModelError`.
     """
-    nodes = list(walk_nodes(read_proto(path)))
+    nodes = list(walk_nodes(proto))
     missing = _without_rule(reason, nodes)
     if missing:
         return UnsupportedModelError(f"{path}: {_missing_sentence(missing)}")
