@@ -16,7 +16,7 @@ from vinoopt.records import Comparison, Evidence, Measurement
 TRIM = 0.2
 CONFIDENCE = 0.95
 LEAST_ROUNDS = 5
-INSTANCE_SPREAD = 0.01
+INSTANCE_SPREAD = 0.005
 """Two compilations of one model differ by up to about this share for good, by where their memory lies; no
 number of rounds averages that away, so the interval never claims more."""
 MAX_CORRELATION = 0.9
