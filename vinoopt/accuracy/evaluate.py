@@ -125,7 +125,12 @@ def _compiled(
 
 
 def _output_name(output: Any, number: int) -> str:
-    return str(output.get_any_name()) if output.get_names() else f"output_{number}"
+    """The ONNX name of an output; one that several tensors share has many names, its result node tells which."""
+    names: set[str] = output.get_names()
+    own = str(output.get_node().get_friendly_name()).removesuffix("/result")
+    if own in names:
+        return own
+    return min(names) if names else f"output_{number}"
 
 
 # --------------------------------------------------------------------------- scores
@@ -216,7 +221,7 @@ def paired_drop(
 
     Positive is worse, whichever way the metric points. Shares of hits get Tango's score interval (absolute), Nam
     and Blackwelder's (relative), or Clopper and Pearson's where the float model is perfect by definition; other
-    means a BCa bootstrap, and other metrics a percentile bootstrap over samples. Raises `MetricError` where a
+    means a studentized bootstrap, other metrics a percentile bootstrap over samples. Raises `MetricError` where a
     relative drop is asked for and the float model's value is 0.
     """
     if len(reference.statistics) != len(candidate.statistics):
@@ -281,7 +286,8 @@ def _interval(
         if np.ptp(before - after) == 0:
             return _no_change(metric, reference.value, value, relative=relative, samples=samples, limit=limit)
         sign = 1.0 if metric.higher_is_better else -1.0
-        found, method = intervals.bootstrap_means(sign * before, sign * after, relative=relative, seed=seed)
+        base = before * np.sign(reference.value) if relative else np.ones(samples)
+        found, method = intervals.bootstrap_means(sign * (before - after), base, seed=seed)
     else:
         drops = _drops_of_counts(metric, reference, candidate, relative)
         found, method = intervals.bootstrap_counts(drops, samples=samples, seed=seed)
