@@ -86,6 +86,12 @@ class Solution:
         result[positive] = np.where(self.reason[found] < 0, found, -1)
         return result
 
+    def reads(self, contraction: Contraction) -> bool:
+        """Whether channels end there; a grouped convolution that loses whole groups only passes them on."""
+        if contraction.site is None:
+            return True
+        return contraction.columns.size > 0 and self.chosen.get(contraction.site) == 1
+
     def reason_of(self, labels: Labels) -> int:
         """The first reason that freezes one of the labels, -1 if none does."""
         flat = labels.ravel()
@@ -206,7 +212,7 @@ class Trace:
         best, best_units = None, -1
         for _ in range(MAX_RESOLVE_ROUNDS):
             solution = _Resolver(self, banned).run()
-            units = int((solution.reason < 0).sum())
+            units = self._count_units(solution)
             if units > best_units:
                 best, best_units = solution, units
             collapsed = self._collapsed(solution) - banned
@@ -215,6 +221,15 @@ class Trace:
             banned |= collapsed
         assert best is not None  # the loop runs at least once
         return best
+
+    def _count_units(self, solution: Solution) -> int:
+        """Free components that some layer makes and another reads away."""
+        rows = [solution.components_of(each.rows) for each in self.contractions]
+        columns = [solution.components_of(each.columns) for each in self.contractions if solution.reads(each)]
+        if not rows or not columns:
+            return 0
+        both = np.intersect1d(np.concatenate(rows), np.concatenate(columns))
+        return int((both >= 0).sum())
 
     def _collapsed(self, solution: Solution) -> set[tuple[tuple[str, str], int]]:
         result = set()
@@ -250,7 +265,7 @@ class _Resolver:
                 else:
                     self._commit(site, alive[0] if alive else None, solution)
             if len(undecided) == len(pending):
-                for site, choice in _clusters(undecided, solution):
+                for site, choice in _clusters(undecided, self._decided(), solution):
                     self._commit(site, choice, solution)
             pending = [site for site, _ in undecided if site.key not in self.chosen]
         return self._solution()
@@ -270,6 +285,10 @@ class _Resolver:
             np.minimum.at(reason, component[labels], np.concatenate([each[1] for each in self.freezes]))
         reason[reason == none] = -1
         return Solution(component=component.astype(np.int64), reason=reason, chosen=self.chosen)
+
+    def _decided(self) -> list[tuple[Site, int]]:
+        choices = ((site, self.chosen.get(site.key)) for site in self.trace.sites)
+        return [(site, choice) for site, choice in choices if choice is not None]
 
     def _alive(self, site: Site, solution: Solution) -> list[int]:
         if not (solution.components_of(site.flat) >= 0).any():
@@ -309,9 +328,14 @@ class _Resolver:
         self.freezes.append((free, np.full(free.size, reason, np.int64)))
 
 
-def _clusters(undecided: Sequence[tuple[Site, list[int]]], solution: Solution) -> list[tuple[Site, int]]:
-    """Choices that share units are made together: the most sites first, then the most preferred, then units."""
-    candidates = [(site, index) for site, alive in undecided for index in alive]
+def _clusters(
+    undecided: Sequence[tuple[Site, list[int]]], decided: Sequence[tuple[Site, int]], solution: Solution
+) -> list[tuple[Site, int]]:
+    """Choices that share units are made together: the most sites first, then the most preferred, then units.
+
+    Sites decided before count for the choices that share their units.
+    """
+    candidates = [*decided, *((site, index) for site, alive in undecided for index in alive)]
     groups = _connected([solution.components_of(site.factors[index]) for site, index in candidates])
     clusters: dict[int, list[tuple[Site, int]]] = {}
     for candidate, group in zip(candidates, groups, strict=True):
@@ -322,15 +346,17 @@ def _clusters(undecided: Sequence[tuple[Site, list[int]]], solution: Solution) -
         preferred = sum(site.preferred == index for site, index in cluster)
         return -sites, -preferred, -sum(site.factors[index].size for site, index in cluster)
 
-    decided: dict[tuple[str, str], tuple[Site, int]] = {}
+    open_keys = {site.key for site, _ in undecided}
+    made: dict[tuple[str, str], tuple[Site, int]] = {}
     touched: set[tuple[str, str]] = set()
     for cluster in sorted(clusters.values(), key=rank):
-        keys = {site.key for site, _ in cluster}
+        keys = {site.key for site, _ in cluster} & open_keys
         if not keys & touched:
             for site, index in cluster:
-                decided.setdefault(site.key, (site, index))
+                if site.key in keys:
+                    made.setdefault(site.key, (site, index))
         touched |= keys
-    return list(decided.values())
+    return list(made.values())
 
 
 def _connected(members: Sequence[Labels]) -> Labels:

@@ -15,7 +15,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from vinoopt.compression.coupling import Contraction, FrozenLayer, Labels, Solution, Trace
+from vinoopt.compression.coupling import FrozenLayer, Labels, Solution, Trace
 from vinoopt.compression.rules import trace_model
 from vinoopt.compression.vanishing import Wiring, find_vanishing_groups
 from vinoopt.errors import PlanError
@@ -170,18 +170,11 @@ def _places(trace: Trace, solution: Solution) -> list[tuple[str, bool | None, La
     """(layer, whether these are its rows, labels); constants that are not weights have None."""
     places: list[tuple[str, bool | None, Labels]] = []
     for contraction in trace.contractions:
-        if _reads(contraction, solution):
+        if solution.reads(contraction):
             places.append((contraction.name, False, contraction.columns))
         places.append((contraction.name, True, contraction.rows))
     places += [(name, True, labels) for name, labels in trace.embeddings if labels is not None]
     return places
-
-
-def _reads(contraction: Contraction, solution: Solution) -> bool:
-    """Whether channels end here; a grouped convolution whose groups carry the units passes them on."""
-    if contraction.site is None:
-        return True
-    return contraction.columns.size > 0 and solution.chosen.get(contraction.site) == 1
 
 
 def _signatures(places: Sequence[Labels]) -> dict[int, tuple[int, ...]]:
@@ -215,18 +208,16 @@ def _member(
 
 
 def _kind(component: int, rows: Labels, found: tuple[Trace, Solution]) -> str:
-    """One unit of several neighbouring rows is a group of a grouped convolution, or a head."""
+    """Groups of a grouped convolution go whole, and so do heads: neighbouring rows that a reshape parts."""
     trace, solution = found
     where = np.flatnonzero(rows == component)
-    for contraction in trace.contractions:
-        if (
-            contraction.site is not None
-            and contraction.columns.size
-            and solution.chosen.get(contraction.site) == 0
-            and (solution.components_of(contraction.columns) == component).any()
-        ):
-            return "groups"
-    return "heads" if where.size > 1 and (np.diff(where) == 1).all() else "channels"
+    if where.size < 2 or (np.diff(where) != 1).any():
+        return "channels"
+    for site in trace.sites:
+        choice = solution.chosen.get(site.key)
+        if choice is not None and (solution.components_of(site.factors[choice]) == component).any():
+            return "heads" if site.preferred is None else "groups"
+    return "channels"
 
 
 def _build(ops: Sequence[ov.Node], trace: Trace, solution: Solution) -> Coupling:
@@ -290,7 +281,7 @@ def _layers(found: tuple[Trace, Solution], order: Mapping[str, int], unit_of: La
             index=order[contraction.node],
             columns=_mapped(contraction.columns, solution, unit_of),
             rows=_mapped(contraction.rows, solution, unit_of),
-            is_reader=_reads(contraction, solution),
+            is_reader=solution.reads(contraction),
             data_port=contraction.data_port,
             column_axis=contraction.column_axis,
             row_axis=contraction.row_axis,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import openvino as ov
 import openvino.opset13 as opset
-import openvino.properties.hint as hints
 from numpy.typing import ArrayLike, NDArray
+from openvino.properties import hint as hints
 
 from vinoopt.compression.groups import Coupling, Layer
 from vinoopt.compression.rewrites import REWRITES, Cut, MaskDims, replace_node
@@ -19,6 +19,13 @@ from vinoopt.records import GroupWidth
 
 REPLACED = frozenset({"Concat", "Constant", "ShapeOf", "Split", "Squeeze"})
 """Operators that surgery may put a new node in the place of."""
+
+REFERENCE_PROPERTIES = {
+    hints.inference_precision: ov.Type.f32,
+    # A property of the CPU plugin without a public name: without it FakeQuantize becomes INT8 arithmetic, and where a
+    # value lies on the edge of a level the two models round it apart.
+    "LP_TRANSFORMS_MODE": "NO",
+}
 
 Samples = Sequence[Mapping[str, ArrayLike]]
 """Per sample: input name (or its number as text) -> array."""
@@ -72,9 +79,15 @@ def apply_pruning(
     clone = model.clone()
     copies = _ordered(clone, coupling)
     wiring = Wiring.of(copies)
-    cutter = _Cutter(coupling=coupling, keep=keep, wiring=wiring, vanished=vanished)
-    cutter.run(means or {})
+    cutter = _Cutter(
+        coupling=coupling,
+        keep=keep,
+        wiring=wiring,
+        vanished=vanished,
+        in_shapes=[_in_shape(node) for node in nodes],
+    )
     try:
+        cutter.run(means or {})
         clone.validate_nodes_and_infer_types()
     except RuntimeError as exc:
         raise CompressionError(f"the smaller graph is not valid: {exc}") from exc
@@ -141,8 +154,7 @@ def verify_pruning(pruned: ov.Model, reference: ov.Model, samples: Samples) -> f
     surgery.
     """
     core = ov.Core()
-    config = {hints.inference_precision: ov.Type.f32, hints.execution_mode: hints.ExecutionMode.ACCURACY}
-    compiled = [core.compile_model(model, "CPU", config) for model in (pruned, reference)]
+    compiled = [core.compile_model(model, "CPU", REFERENCE_PROPERTIES) for model in (pruned, reference)]
     worst = 0.0
     for sample in samples:
         outputs = [list(each(dict(_by_port(sample, each))).values()) for each in compiled]
@@ -174,6 +186,12 @@ def _ordered(model: ov.Model, coupling: Coupling) -> list[ov.Node]:
     if found != coupling.ops:
         raise PlanError("the pruning groups were found on another model; find them again on this one")
     return nodes
+
+
+def _in_shape(node: ov.Node) -> tuple[int | None, ...]:
+    if node.get_input_size() == 0 or node.get_input_partial_shape(0).rank.is_dynamic:
+        return ()
+    return tuple(d.get_length() if d.is_static else None for d in node.get_input_partial_shape(0))
 
 
 def _mask(units: NDArray[np.int64], keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -221,6 +239,8 @@ class _Cutter:
     keep: NDArray[np.bool_]
     wiring: Wiring
     vanished: Vanished
+    in_shapes: Sequence[tuple[int | None, ...]]
+    """Per operator the shape of its first input in the whole model."""
 
     def run(self, means: Mapping[str, ArrayLike]) -> None:
         layers = {layer.index: layer for layer in self.coupling.layers}
@@ -239,6 +259,9 @@ class _Cutter:
                 self._cut_constant(node, index)
             elif node.get_type_name() in REWRITES:
                 self._rewrite(node, index)
+            if any(output.get_target_inputs() for output in node.outputs()):
+                # Still in its place. What is rewritten next is checked against the new shapes, not the old ones.
+                node.validate_and_infer_types()
 
     def masks(self, key: tuple[int, int]) -> MaskDims:
         """What stays of a tensor, per dimension; empty where all does."""
@@ -262,9 +285,9 @@ class _Cutter:
         inputs = tuple(self.masks(source) for source in self.wiring.sources[index])
         outputs = tuple(self.masks((index, port)) for port in range(node.get_output_size()))
         if any(inputs) or any(outputs):
-            shape = node.get_input_partial_shape(0)
-            sizes = tuple(d.get_length() if d.is_static else None for d in shape)
-            REWRITES[node.get_type_name()](Cut(node=node, inputs=inputs, outputs=outputs, in_shape=sizes))
+            REWRITES[node.get_type_name()](
+                Cut(node=node, inputs=inputs, outputs=outputs, in_shape=self.in_shapes[index])
+            )
 
     def _make_constant(self, node: ov.Node, layer: Layer, means: Mapping[str, ArrayLike]) -> None:
         mean = np.zeros(layer.rows.size) if layer.name not in means else np.asarray(means[layer.name])
