@@ -1,3 +1,58 @@
-"""vinoopt: the deployment compiler for Intel CPUs, iGPUs and NPUs."""
+"""vinoopt: the deployment compiler for Intel CPUs, iGPUs and NPUs.
 
-from vinoopt._version import __version__ as __version__
+Public names are resolved when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vinoopt._version import __version__
+
+if TYPE_CHECKING:
+    from vinoopt.bundle import Bundle, open_bundle
+    from vinoopt.frontend.normalize import SourceModel, load_model
+    from vinoopt.hardware.detect import detect_host
+    from vinoopt.hardware.profile import load_profile
+    from vinoopt.pipeline import compile
+    from vinoopt.records import AccuracyBudget, CompressionPlan, PreprocessSpec, Target
+
+_HOMES = {
+    "compile": "vinoopt.pipeline",
+    "open_bundle": "vinoopt.bundle",
+    "Bundle": "vinoopt.bundle",
+    "load_model": "vinoopt.frontend.normalize",
+    "SourceModel": "vinoopt.frontend.normalize",
+    "load_profile": "vinoopt.hardware.profile",
+    "detect_host": "vinoopt.hardware.detect",
+    "AccuracyBudget": "vinoopt.records",
+    "CompressionPlan": "vinoopt.records",
+    "PreprocessSpec": "vinoopt.records",
+    "Target": "vinoopt.records",
+}
+
+__all__ = [
+    "AccuracyBudget",
+    "Bundle",
+    "CompressionPlan",
+    "PreprocessSpec",
+    "SourceModel",
+    "Target",
+    "__version__",
+    "compile",
+    "detect_host",
+    "load_model",
+    "load_profile",
+    "open_bundle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vinoopt' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

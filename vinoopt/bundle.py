@@ -17,7 +17,15 @@ import openvino as ov
 
 from vinoopt import serde
 from vinoopt.errors import BundleError
-from vinoopt.records import Device, Manifest, Precision, RuntimeProperties, TargetResult, Trial
+from vinoopt.records import (
+    CompressionPlan,
+    Device,
+    Manifest,
+    Precision,
+    RuntimeProperties,
+    TargetResult,
+    Trial,
+)
 from vinoopt.toolchains.host import compile_here
 from vinoopt.toolchains.process import run_child
 
@@ -192,6 +200,12 @@ def write_target(folder: Path, slug: str, model: ov.Model, properties: RuntimePr
     ov.save_model(model, place / "model.xml", compress_to_fp16=False)
     (place / "runtime.json").write_text(json.dumps(properties.as_dict(), indent=2) + "\n", encoding="utf-8")
     return place / "model.xml"
+
+
+def tolerance_of(plan: CompressionPlan) -> float:
+    """How far a replay of this plan's outputs may depart from the golden ones; see `TOLERANCES`."""
+    used = [plan.float_precision] + ([Precision.INT8] if plan.quantization is not None else [])
+    return max(TOLERANCES[precision] for precision in used)
 
 
 def write_golden(

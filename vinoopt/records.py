@@ -540,6 +540,16 @@ class Trial(Record):
     note: str = ""
 
 
+class Event(Record):
+    """Progress of long work, for whoever shows it."""
+
+    stage: str
+    """`load`, `data`, `search`, `tune`, `compile`, `measure`, `write`."""
+    message: str = ""
+    done: int = 0
+    total: int = 0
+
+
 class CompileRequest(Record):
     """All that was asked of `compile`, seed included."""
 
@@ -549,7 +559,10 @@ class CompileRequest(Record):
     data: str | None = None
     labels: str | None = None
     calibration_data: str | None = None
+    test_data: str | None = None
+    test_labels: str | None = None
     budget: AccuracyBudget = AccuracyBudget()
+    metric_options: dict[str, str | int | float] = Field(default_factory=dict)
     preprocess: tuple[PreprocessSpec, ...] = ()
     shape: str | None = None
     preset: Preset | None = None
@@ -572,6 +585,7 @@ class TargetResult(Record):
     plan: CompressionPlan
     drop: Drop | None
     budget_met: bool
+    """False where compression was tried and nothing but the float model was inside the budget."""
     measurements: tuple[Measurement, ...]
     comparisons: tuple[Comparison, ...]
     properties: RuntimeProperties
@@ -593,6 +607,8 @@ class Manifest(Record):
     float_accuracy: Accuracy | None
     targets: tuple[TargetResult, ...]
     trials: int
+    interrupted: bool = False
+    """Whether the search was cut short by the user."""
     seconds: float
     peak_memory_bytes: int | None = None
     messages: tuple[str, ...] = ()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
@@ -26,7 +25,8 @@ from vinoopt.records import (
 
 _BLOB_DEVICES = frozenset({Device.GPU, Device.NPU})
 """Devices whose compiled form is worth shipping; a CPU's is compiled from IR in less time than it takes to copy."""
-_PROFILED_RUNS = 12
+_PROFILED_RUNS = 30
+_COMPILATIONS = 3
 _SETTLING_RUNS = 3
 
 
@@ -120,31 +120,67 @@ def layer_times(
     *,
     blocks: Collection[str],
 ) -> dict[str, float]:
-    """Microseconds per block, from the device's own performance counters: medians over a few runs.
+    """Microseconds per block, from the device's own performance counters.
 
     The time of an executed layer that fuses several goes to the `blocks` among the layers it came from; reorders
     and quantizers that the plugin put in go to the layer they feed. What belongs to no block is left out: it is
-    the same in every plan. Raises `DeviceError`.
+    the same in every plan. Of a few compilations the least time of each layer counts: another process that
+    takes the core for a moment makes a layer look slow, and nothing makes it look fast. Raises `DeviceError`.
     """
-    compiled = compile_here(model, device, {**properties, "PERF_COUNT": "YES"})
-    origins = _origins(compiled)
-    request = compiled.create_infer_request()
-    feed = list(samples)[:_PROFILED_RUNS]
+    feed = list(samples)
     if not feed:
         raise DeviceError("layer times need at least one sample")
-    runs: dict[str, list[float]] = {}
-    for number in range(_SETTLING_RUNS + max(_PROFILED_RUNS, len(feed))):
-        request.infer(feed[number % len(feed)], share_inputs=True)
-        if number < _SETTLING_RUNS:
-            continue
-        for entry in request.get_profiling_info():
-            runs.setdefault(entry.node_name, []).append(entry.real_time.total_seconds() * 1e6)
+    least: dict[str, float] = {}
+    origins: dict[str, list[str]] = {}
+    for _ in range(_COMPILATIONS):
+        compiled = compile_here(model, device, {**properties, "PERF_COUNT": "YES"})
+        origins = _origins(compiled)
+        for executed, value in _mean_times(compiled, feed).items():
+            least[executed] = min(value, least.get(executed, value))
     times = dict.fromkeys(blocks, 0.0)
-    for executed, values in runs.items():
-        owners = [name for name in origins.get(executed, []) if name in times]
+    known = _known_as(model, times)
+    for executed, value in least.items():
+        owners = {known[name] for name in origins.get(executed, []) if name in known}
         for name in owners:
-            times[name] += float(np.median(values)) / len(owners)
+            times[name] += value / len(owners)
     return times
+
+
+def _known_as(model: ov.Model, blocks: Collection[str]) -> dict[str, str]:
+    """Names under which a plugin may run a block: its own, its bias's, its dequantization's."""
+    names = {name: name for name in blocks}
+    for node in model.get_ops():
+        block = node.get_friendly_name()
+        if block not in blocks:
+            continue
+        names[f"{block}/DequantizationMultiply"] = block
+        for edge in node.output(0).get_target_inputs():
+            follower = edge.get_node()
+            if follower.get_type_name() == "Add" and follower.get_friendly_name() not in blocks:
+                names[follower.get_friendly_name()] = block
+    return names
+
+
+def _mean_times(
+    compiled: ov.CompiledModel, feed: Sequence[Mapping[str, npt.NDArray[Any]]]
+) -> dict[str, float]:
+    """Mean microseconds of every executed layer, without the first runs.
+
+    A plugin's counter is the mean of all runs since compilation, so the warm-up has to be taken out of it.
+    """
+    request = compiled.create_infer_request()
+
+    def mean_after(runs: int) -> dict[str, float]:
+        for number in range(runs):
+            request.infer(feed[number % len(feed)], share_inputs=True)
+        return {e.node_name: e.real_time.total_seconds() * 1e6 for e in request.get_profiling_info()}
+
+    early, late = mean_after(_SETTLING_RUNS), mean_after(_PROFILED_RUNS)
+    total = _SETTLING_RUNS + _PROFILED_RUNS
+    return {
+        name: max((total * value - _SETTLING_RUNS * early.get(name, 0.0)) / _PROFILED_RUNS, 0.0)
+        for name, value in late.items()
+    }
 
 
 def _origins(compiled: ov.CompiledModel) -> dict[str, list[str]]:

@@ -1,0 +1,429 @@
+"""The whole job, from an ONNX file to a bundle, as one straight function."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vinoopt import bundle as bundles
+from vinoopt.accuracy.datasets import Dataset, Splits, from_arrays, load_dataset, split
+from vinoopt.accuracy.evaluate import Predictions, check_fit, predict, score
+from vinoopt.accuracy.metrics import Metric, find_metric
+from vinoopt.bundle import Bundle
+from vinoopt.compiler import runtime_properties, yardstick_for
+from vinoopt.compression.build import Workshop
+from vinoopt.compression.judge import Judge
+from vinoopt.compression.scope import resolve_ignored
+from vinoopt.compression.search import SearchOptions, SearchResult, search
+from vinoopt.errors import DataError, DeviceError, InputError
+from vinoopt.frontend.normalize import SourceModel, load_model, require_static
+from vinoopt.frontend.parity import check_parity
+from vinoopt.hardware.detect import fingerprint
+from vinoopt.hardware.profile import resolve
+from vinoopt.records import (
+    AccuracyBudget,
+    Build,
+    CompileRequest,
+    Device,
+    DeviceSpec,
+    Event,
+    Manifest,
+    PreprocessSpec,
+    Preset,
+    QuantizationPlan,
+    RuntimeProperties,
+    Target,
+    TargetResult,
+)
+from vinoopt.selection import Choice, TestPart, choose, trial_line
+from vinoopt.store import Store
+from vinoopt.toolchains.host import compile_here
+
+Listener = Callable[[Event], None]
+Array = np.ndarray[Any, Any]
+
+GOLDEN_SAMPLES = 4
+PARITY_SAMPLES = 4
+MEASURED_SAMPLES = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Material:
+    """What every target of a run shares."""
+
+    request: CompileRequest
+    source: SourceModel
+    splits: Splits
+    metric: Metric
+    search_reference: Predictions
+    test_reference: Predictions
+    store: Store
+    say: Listener
+
+def compile(
+    model: str | Path,
+    *,
+    targets: Sequence[str | Target] = ("host:CPU",),
+    data: str | Path | Mapping[str, Array] | Array | Sequence[Any],
+    labels: Any = None,
+    calibration_data: Any = None,
+    test_data: Any = None,
+    test_labels: Any = None,
+    budget: AccuracyBudget = AccuracyBudget(),  # noqa: B008 - frozen
+    metric: Metric | None = None,
+    metric_options: Mapping[str, str | int | float] | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    preprocess: Sequence[PreprocessSpec] = (),
+    shape: str | None = None,
+    preset: Preset | None = None,
+    subset_size: int = 300,
+    ignored_scope: Sequence[str] = (),
+    quantize: bool = True,
+    prune: bool = True,
+    max_pruning: float = 0.5,
+    effort: str = "balanced",
+    time_limit_s: float | None = None,
+    seed: int = 0,
+    allow_code: bool = False,
+    resume: bool = False,
+    on_event: Listener | None = None,
+) -> Bundle:
+    """A bundle with the fastest model inside the accuracy budget for every target, and the evidence.
+
+    `model` is an ONNX file. `data` is a path (npz, npy, folder of arrays or images) or arrays in memory: a
+    dictionary by input name or one array [N, ...]; `labels` a path, a key of the npz, or an array [N].
+    `calibration_data` and `test_data` (with `test_labels`) replace the parts that are else split from `data`.
+    `targets` are `"PROFILE:DEVICE"`. `output` is the bundle's folder, by default `<model>.vinoopt` in the
+    working directory; an existing bundle is replaced only with `force`.
+
+    An interrupt (Ctrl-C) during the search keeps the best candidate so far and still writes the bundle;
+    `bundle.manifest.interrupted` is then set. Raises the classes of `vinoopt.errors`: `ModelError`,
+    `ShapeError`, `DataError`, `MetricError`, `TargetError`, `BundleError` for what was handed in, before any
+    long work.
+    """
+    started = time.monotonic()
+    say = on_event or (lambda event: None)
+    request = CompileRequest(
+        model=str(model),
+        targets=tuple(t if isinstance(t, Target) else Target.parse(t) for t in targets),
+        output=None if output is None else str(output),
+        data=_named(data),
+        labels=_named(labels),
+        calibration_data=_named(calibration_data),
+        test_data=_named(test_data),
+        test_labels=_named(test_labels),
+        budget=budget,
+        metric_options=dict(metric_options or {}),
+        preprocess=tuple(preprocess),
+        shape=shape,
+        preset=preset,
+        subset_size=subset_size,
+        ignored_scope=tuple(ignored_scope),
+        quantize=quantize,
+        prune=prune,
+        max_pruning=max_pruning,
+        effort=effort,
+        time_limit_s=time_limit_s,
+        seed=seed,
+        allow_code=allow_code,
+    )
+    place = Path(output) if output is not None else Path(f"{Path(model).stem}.vinoopt")
+    bundles.check_output(place, force=force)
+    devices = _check_targets(request.targets)
+
+    say(Event(stage="load", message=f"reading {model}"))
+    source = load_model(model, shape=shape, preprocess=preprocess)
+    for target in request.targets:
+        if target.device is Device.NPU:
+            require_static(source, target.device)
+    ignored = resolve_ignored(source.model, ignored_scope)
+
+    say(Event(stage="data", message="reading data"))
+    splits = _splits(request, source, data, labels, (calibration_data, test_data, test_labels))
+    chosen_metric = metric or _find_metric(request, source, splits)
+    for part in (splits.search, splits.test):
+        check_fit(chosen_metric, part)
+    messages = [*source.messages, *splits.search.messages, *_metric_words(chosen_metric, splits)]
+    messages += _parity_words(source, splits)
+    if source.quantized:
+        messages.append(f"not quantized again: {source.quantized}")
+    for message in messages:
+        say(Event(stage="data", message=message))
+
+    say(Event(stage="search", message="float model on the search and test parts"))
+    material = Material(
+        request=request,
+        source=source,
+        splits=splits,
+        metric=chosen_metric,
+        search_reference=_reference(source, splits.search),
+        test_reference=_reference(source, splits.test),
+        store=_store(request, source, splits),
+        say=say,
+    )
+    deadline = None if time_limit_s is None else started + time_limit_s
+    choices: list[Choice] = []
+    for target, spec in zip(request.targets, devices, strict=True):
+        options = _search_options(material, spec, ignored, deadline)
+        if any(choice.interrupted for choice in choices):
+            options = replace(options, quantize=False)
+        choices.append(_choose_for(material, target, spec, options=options, resume=resume))
+    say(Event(stage="write", message=f"writing {place}"))
+    return _write(material, choices, place, messages=messages, started=started)
+
+
+# --------------------------------------------------------------------------- what is handed in
+
+
+def _named(value: Any) -> str | None:
+    if value is None:
+        return None
+    return str(value) if isinstance(value, str | Path) else "in memory"
+
+
+def _check_targets(targets: Sequence[Target]) -> list[DeviceSpec]:
+    slugs = [t.slug for t in targets]
+    if not targets:
+        raise InputError("no target; name at least one, as --target host:CPU")
+    twice = sorted({s for s in slugs if slugs.count(s) > 1})
+    if twice:
+        raise InputError(f"two targets would share the folder {twice[0]} of the bundle; name each target once")
+    return [resolve(target) for target in targets]
+
+
+def _splits(
+    request: CompileRequest, source: SourceModel, data: Any, labels: Any, extra: tuple[Any, Any, Any]
+) -> Splits:
+    calibration_data, test_data, test_labels = extra
+
+    def load(what: Any, its_labels: Any) -> Dataset:
+        if isinstance(what, str | Path):
+            if its_labels is not None and not isinstance(its_labels, str | Path):
+                raise DataError("labels in memory go with data in memory; give both as paths, or both as arrays")
+            return load_dataset(
+                str(what),
+                inputs=source.inputs,
+                labels=None if its_labels is None else str(its_labels),
+                preprocess=source.preprocess,
+                allow_code=request.allow_code,
+            )
+        return from_arrays(what, inputs=source.inputs, labels=its_labels)
+
+    return split(
+        load(data, labels),
+        subset_size=request.subset_size,
+        seed=request.seed,
+        calibration=None if calibration_data is None else load(calibration_data, None),
+        test=None if test_data is None else load(test_data, test_labels),
+    )
+
+
+def _find_metric(request: CompileRequest, source: SourceModel, splits: Splits) -> Metric:
+    has_labels = splits.search.labels is not None
+    return find_metric(
+        request.budget.metric,
+        outputs=source.outputs,
+        has_labels=has_labels,
+        options=request.metric_options,
+    )
+
+
+def _metric_words(metric: Metric, splits: Splits) -> list[str]:
+    words = [splits.describe()]
+    if splits.search.labels is None:
+        words.append(f"no labels: judged by {metric.name} with the float model, not by true accuracy")
+    return words
+
+
+def _parity_words(source: SourceModel, splits: Splits) -> list[str]:
+    samples = [splits.calibration[i] for i in range(min(PARITY_SAMPLES, len(splits.calibration)))]
+    report = check_parity(source, samples)
+    if report.checked and not report.ok:
+        return [f"warning: the OpenVINO model departs from ONNX Runtime: {report.reason}"]
+    return [] if report.checked else [f"parity with the ONNX file {report.reason}"]
+
+
+def _reference(source: SourceModel, data: Dataset) -> Predictions:
+    """The float model's outputs in f32, whatever the CPU would choose by itself."""
+    return predict(source.model, data, properties={"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def _store(request: CompileRequest, source: SourceModel, splits: Splits) -> Store:
+    facts = {
+        key: value
+        for key, value in request.model_dump(mode="json").items()
+        if key in ("preprocess", "shape", "seed", "subset_size", "budget", "metric_options", "ignored_scope")
+    }
+    versions = fingerprint().versions
+    parts = [_content(part) for part in (splits.calibration, splits.search)]
+    return Store.open(source.sha256, parts, facts, versions)
+
+
+def _content(data: Dataset) -> str:
+    """Digest of every array of a part, so that other data under the same name is other data."""
+    content = hashlib.sha256()
+    for sample in data:
+        for name in sorted(sample):
+            content.update(f"{name}{sample[name].dtype}{sample[name].shape}".encode())
+            content.update(np.ascontiguousarray(sample[name]).tobytes())
+    content.update(repr(None if data.labels is None else [str(label) for label in data.labels]).encode())
+    return content.hexdigest()
+
+
+def _search_options(
+    material: Material, spec: DeviceSpec, ignored: tuple[str, ...], deadline: float | None
+) -> SearchOptions:
+    request, source = material.request, material.source
+    has_vnni = getattr(spec.offline, "has_vnni", True)
+    return SearchOptions(
+        base=QuantizationPlan(
+            preset=request.preset,
+            subset_size=request.subset_size,
+            float_layers=ignored,
+            is_transformer=source.is_transformer,
+            overflow_fix=not has_vnni,
+        ),
+        quantize=request.quantize and not source.quantized,
+        effort=request.effort,
+        deadline=deadline,
+    )
+
+
+# --------------------------------------------------------------------------- one target
+
+
+def _choose_for(
+    material: Material, target: Target, spec: DeviceSpec, *, options: SearchOptions, resume: bool
+) -> Choice:
+    """Search, then choose on the test part; an interrupt ends the search with what it has."""
+    splits = material.splits
+    samples = [splits.test[i] for i in range(min(MEASURED_SAMPLES, len(splits.test)))]
+    judge = Judge(
+        workshop=Workshop(
+            source=material.source.model,
+            calibration=splits.calibration,
+            device=target.device,
+            store=material.store,
+        ),
+        yardstick=yardstick_for(target, spec, reference=material.source.model, samples=samples),
+        metric=material.metric,
+        budget=material.request.budget,
+        data=splits.search,
+        reference=material.search_reference,
+        seed=material.request.seed,
+        store=material.store,
+        on_trial=lambda trial: material.say(Event(stage="trial", message=trial_line(trial))),
+    )
+    if resume:
+        taken = judge.resume()
+        material.say(Event(stage="search", message=f"{target}: {taken} finished trials taken over"))
+    else:
+        judge.forget()
+
+    def say(text: str) -> None:
+        material.say(Event(stage="search", message=f"{target}: {text}"))
+
+    interrupted = False
+    try:
+        found = search(judge, options, say=say)
+    except KeyboardInterrupt:
+        interrupted = True
+        say("interrupted: going on with the best candidate so far")
+        found = SearchResult(trials=tuple(judge.trials), damages={}, gains_us={}, reasons=("interrupted",))
+    choice = choose(judge, found, TestPart(data=splits.test, reference=material.test_reference), say=say)
+    return replace(choice, interrupted=interrupted)
+
+
+# --------------------------------------------------------------------------- what is handed out
+
+
+def _write(
+    material: Material, choices: Sequence[Choice], place: Path, *, messages: Sequence[str], started: float
+) -> Bundle:
+    """The bundle, written beside its place, reopened in a fresh process, and renamed when that agreed."""
+    splits = material.splits
+    golden = [dict(splits.test[i]) for i in range(min(GOLDEN_SAMPLES, len(splits.test)))]
+    outputs: dict[str, list[list[Array]]] = {}
+    tolerances: dict[str, float] = {}
+    results: list[TargetResult] = []
+    with bundles.writing(place) as folder:
+        for choice in choices:
+            slug = choice.yardstick.target.slug
+            properties = runtime_properties(choice.plan, choice.yardstick.spec.kind)
+            ir = bundles.write_target(folder, slug, choice.model, properties)
+            build = choice.yardstick.compile(ir, properties, ir.with_name("model.blob"))
+            outputs[slug] = _golden_outputs(ir, choice, properties, golden)
+            tolerances[slug] = bundles.tolerance_of(choice.plan)
+            results.append(_result(choice, properties, build))
+        bundles.write_golden(folder, golden, outputs, tolerances)
+        for result in results:
+            _check_replay(folder, result)
+        reference = score(material.metric, material.test_reference, splits.test, material.test_reference)
+        manifest = Manifest(
+            request=material.request,
+            host=fingerprint(),
+            inputs=material.source.inputs,
+            outputs=material.source.outputs,
+            model_sha256=material.source.sha256,
+            splits=splits.sizes,
+            float_accuracy=reference.accuracy,
+            targets=tuple(results),
+            trials=sum(len(choice.trials) for choice in choices),
+            interrupted=any(choice.interrupted for choice in choices),
+            seconds=time.monotonic() - started,
+            peak_memory_bytes=_peak_memory_bytes(),
+            messages=tuple(messages),
+        )
+        trials = [trial for choice in choices for trial in choice.trials]
+        manifest = bundles.write_documents(folder, manifest, trials)
+    return Bundle(path=place.resolve(), manifest=manifest)
+
+
+def _golden_outputs(
+    ir: Path, choice: Choice, properties: RuntimeProperties, golden: Sequence[Mapping[str, Array]]
+) -> list[list[Array]]:
+    compiled = compile_here(ir, choice.yardstick.spec.kind, properties.as_dict())
+    return [[np.array(value) for value in compiled(dict(sample)).values()] for sample in golden]
+
+
+def _result(choice: Choice, properties: RuntimeProperties, build: Build) -> TargetResult:
+    return TargetResult(
+        target=choice.yardstick.target,
+        plan=choice.plan,
+        drop=choice.drop,
+        budget_met=choice.budget_met,
+        measurements=choice.bench.measurements,
+        comparisons=choice.comparisons,
+        properties=properties,
+        build=build,
+        reasons=choice.reasons,
+    )
+
+
+def _check_replay(folder: Path, result: TargetResult) -> None:
+    """Open the target as its user will; raises `DeviceError` where the outputs are not the golden ones."""
+    answer = bundles.replay_in_child(folder, result)
+    if not answer["departure"] <= answer["tolerance"]:
+        raise DeviceError(
+            f"{result.target}: reopened in a fresh process the model departs from its golden outputs by "
+            f"{answer['departure']:.3g} of their range (tolerance {answer['tolerance']:g}); nothing was written"
+        )
+
+
+def _peak_memory_bytes() -> int | None:
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts in bytes, Linux in KiB

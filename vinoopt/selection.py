@@ -1,0 +1,202 @@
+"""From the trials of a search to the one result: judged on the test part, measured against the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import openvino as ov
+
+from vinoopt import serde
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.accuracy.evaluate import Predictions, Scores, paired_drop, score, sentence
+from vinoopt.bench import BenchResult
+from vinoopt.compiler import HostYardstick, runtime_properties
+from vinoopt.compression.judge import Judge
+from vinoopt.compression.search import SearchResult
+from vinoopt.records import (
+    Comparison,
+    CompressionPlan,
+    Drop,
+    Precision,
+    Trial,
+    TrialState,
+    Verdict,
+)
+
+FLOAT, PLAIN_INT8, CHOSEN = "float f32", "plain INT8", "vinoopt"
+"""Names of the contestants in the final measurement."""
+
+_FLOAT_PLAN = CompressionPlan(float_precision=Precision.F32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TestPart:
+    """Data that the search never saw, with the float model's outputs on it."""
+
+    __test__ = False  # not a test class, whatever its name looks like to pytest
+
+    data: Dataset
+    reference: Predictions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What one target gets, with the model itself."""
+
+    yardstick: HostYardstick
+    plan: CompressionPlan
+    model: ov.Model
+    drop: Drop
+    budget_met: bool
+    bench: BenchResult
+    comparisons: tuple[Comparison, ...]
+    reasons: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    interrupted: bool = False
+
+
+def choose(judge: Judge, found: SearchResult, test: TestPart, *, say: Callable[[str], None]) -> Choice:
+    """The fastest candidate that the test part lets pass, never slower than a baseline that it lets pass.
+
+    Candidates are taken from the fastest on; one that falls outside the budget on the test part is passed over
+    for the next along the frontier, which ends at the float model. Then the choice, the float model and plain
+    INT8 are measured side by side; a baseline inside the budget that is faster beyond noise takes its place.
+    """
+    run = _Selection(judge=judge, found=found, test=test, say=say)
+    plan = run.first_inside()
+    say(f"{plan.title} side by side with the baselines")
+    bench = run.measure(plan)
+    faster = run.faster_baseline(bench, plan)
+    if faster is not None:
+        run.reasons.append(
+            f"{faster.title} was faster than {plan.title} in the final measurement, so it is the result"
+        )
+        plan = faster
+        bench = run.measure(plan)
+    drop = run.drop_of(plan)
+    name = run.name_of(plan)
+    others = [m.name for m in bench.measurements if m.name != name]
+    return Choice(
+        yardstick=run.yardstick,
+        plan=plan,
+        model=judge.workshop.build(plan),
+        drop=drop,
+        budget_met=plan != _FLOAT_PLAN or run.is_float_by_right(),
+        bench=bench,
+        comparisons=tuple(bench.compare(other, name) for other in others),
+        reasons=(sentence(drop, judge.budget), *run.reasons),
+        trials=found.trials,
+    )
+
+
+@dataclass(kw_only=True)
+class _Selection:
+    judge: Judge
+    found: SearchResult
+    test: TestPart
+    say: Callable[[str], None]
+    reasons: list[str] = field(default_factory=list)
+    _drops: dict[str, Drop] = field(default_factory=dict)
+    _scores: Scores | None = None
+
+    def __post_init__(self) -> None:
+        self.reasons += self.found.reasons
+        self.yardstick: HostYardstick = self.judge.yardstick  # type: ignore[assignment]  # made by the pipeline
+        self.plain = next(
+            (
+                t.plan
+                for t in self.found.trials
+                if t.plan.quantization is not None and not t.plan.widths and t.state is not TrialState.FAILED
+            ),
+            None,
+        )
+
+    def first_inside(self) -> CompressionPlan:
+        """The fastest candidate that is not outside the budget on the test part; at last the float model."""
+        for trial in self.found.candidates:
+            if trial.plan == _FLOAT_PLAN:
+                break
+            self.say(f"{trial.plan.title} on the test part")
+            drop = self.drop_of(trial.plan)
+            if drop.verdict is not Verdict.OUTSIDE:
+                return trial.plan
+            self.reasons.append(
+                f"{trial.plan.title} was inside the budget on the search part (drop {trial.drop:+.4f}) but not on "
+                f"the test part ({drop.value:+.4f}): stepped back along the frontier"
+            )
+        return _FLOAT_PLAN
+
+    def drop_of(self, plan: CompressionPlan) -> Drop:
+        """The plan's drop on the test part."""
+        key = serde.sha256_record(plan)
+        if key not in self._drops:
+            data, metric = self.test.data, self.judge.metric
+            if self._scores is None:
+                self._scores = score(metric, self.test.reference, data, self.test.reference)
+            outputs = self.yardstick.predict(plan, self.judge.workshop.build(plan), data)
+            scores = score(metric, outputs, data, self.test.reference)
+            self._drops[key] = paired_drop(
+                metric, self._scores, scores, budget=self.judge.budget, seed=self.judge.seed
+            )
+        return self._drops[key]
+
+    def contestants(self, plan: CompressionPlan) -> Mapping[str, CompressionPlan]:
+        """The float model, plain INT8, and the plan where it is neither."""
+        plans = {FLOAT: _FLOAT_PLAN}
+        if self.plain is not None:
+            plans[PLAIN_INT8] = self.plain
+        if plan not in plans.values():
+            plans[CHOSEN] = plan
+        return plans
+
+    def name_of(self, plan: CompressionPlan) -> str:
+        """The contestant that the plan is in the final measurement."""
+        return next(name for name, each in self.contestants(plan).items() if each == plan)
+
+    def measure(self, plan: CompressionPlan) -> BenchResult:
+        """The contestants side by side, long enough to tell them apart."""
+        kind = self.yardstick.spec.kind
+        return self.yardstick.compare(
+            {
+                name: (each, self.judge.workshop.build(each), runtime_properties(each, kind))
+                for name, each in self.contestants(plan).items()
+            }
+        )
+
+    def faster_baseline(self, bench: BenchResult, plan: CompressionPlan) -> CompressionPlan | None:
+        """The fastest baseline inside the budget that beats the plan beyond noise."""
+        beaten: list[tuple[float, CompressionPlan]] = []
+        name = self.name_of(plan)
+        for other, each in self.contestants(plan).items():
+            if each == plan:
+                continue
+            comparison = bench.compare(other, name)
+            if comparison.is_significant and comparison.speedup < 1 and self._is_inside(each):
+                beaten.append((comparison.speedup, each))
+        return min(beaten, key=lambda pair: pair[0])[1] if beaten else None
+
+    def _is_inside(self, plan: CompressionPlan) -> bool:
+        return plan == _FLOAT_PLAN or self.drop_of(plan).verdict is not Verdict.OUTSIDE
+
+    def is_float_by_right(self) -> bool:
+        """Whether the float model won although a compressed one was inside the budget, or none was tried."""
+        compressed = [t for t in self.found.trials if t.plan.quantization is not None or t.plan.widths]
+        return not compressed or any(
+            t.state is TrialState.COMPLETE and self._is_inside(t.plan) for t in compressed
+        )
+
+
+def trial_line(trial: Trial) -> str:
+    """One line about a trial: what it was, its drop on the search part, its latency."""
+    parts = [f"#{trial.number} {trial.plan.title}"]
+    if trial.note:
+        parts.append(trial.note)
+    if trial.state is TrialState.FAILED:
+        return ": ".join([*parts, f"failed: {trial.error}"])
+    if trial.drop is not None:
+        over = "" if trial.state is TrialState.COMPLETE else ", over budget"
+        parts.append(f"drop {trial.drop:+.4f}{over}")
+    if trial.latency is not None:
+        parts.append(f"{trial.latency.latency_p50_ms:.3g} ms ({trial.latency.evidence})")
+    return ": ".join(parts)
