@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +25,12 @@ from vinoopt.accuracy.arrays import (
 )
 from vinoopt.accuracy.images import IMAGE_SUFFIXES, ImageReader, image_reader
 from vinoopt.accuracy.labels import BoxLabels, Labels, group_labels, read_labels
+from vinoopt.accuracy.user_code import import_attribute, is_code
 from vinoopt.errors import DataError
 from vinoopt.records import PreprocessSpec, TensorSpec
 
 MIN_SAMPLES = 10
 """With fewer, neither calibration nor a judgement means anything."""
-
-_CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -194,7 +189,7 @@ def load_dataset(
                 + ("; give the folder of this image" if path.suffix.lower() in IMAGE_SUFFIXES else "")
             )
         return _load_file(path, inputs, labels)
-    if _CODE.fullmatch(source):
+    if is_code(source):
         return _load_code(source, inputs, labels, allow_code)
     raise DataError(f"{source}: no such file or folder")
 
@@ -251,18 +246,7 @@ def _casts(first: Path, inputs: Sequence[TensorSpec]) -> tuple[str, ...]:
 
 
 def _load_code(source: str, inputs: Sequence[TensorSpec], labels: str | None, allow_code: bool) -> Dataset:
-    if not allow_code:
-        raise DataError(
-            f"{source}: no such file; as module:attribute it would run code, which needs --allow-code"
-        )
-    module, _, attribute = source.partition(":")
-    try:
-        with _working_folder_on_path():
-            found: Any = importlib.import_module(module)
-        for name in attribute.split("."):
-            found = getattr(found, name)
-    except (ImportError, AttributeError) as exc:
-        raise DataError(f"{source}: cannot be imported: {exc}") from exc
+    found = import_attribute(source, allow_code=allow_code, error=DataError)
     data = found() if callable(found) else found
     read = None if labels is None else read_labels(Path(labels), files=(), root=Path(), images=None)
     if isinstance(data, Dataset):
@@ -275,18 +259,6 @@ def _load_code(source: str, inputs: Sequence[TensorSpec], labels: str | None, al
             f"{source}: is {type(data).__name__}; give a dictionary of arrays, an array, or a list"
         )
     return from_arrays(data, inputs=inputs, labels=read, title=source)
-
-
-@contextmanager
-def _working_folder_on_path() -> Iterator[None]:
-    """`python -m` finds modules in the working folder, a console script does not; here both do."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
 
 
 # --------------------------------------------------------------------------- splits

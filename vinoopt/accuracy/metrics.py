@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from vinoopt.accuracy.user_code import import_attribute, is_code
 from vinoopt.errors import DataError, MetricError
 from vinoopt.records import TensorSpec
 from vinoopt.serde import nearest
@@ -298,20 +299,26 @@ def find_metric(
     outputs: Sequence[TensorSpec],
     has_labels: bool,
     options: Mapping[str, Any] | None = None,
+    allow_code: bool = False,
 ) -> Metric:
     """The metric of this name for a model with these outputs.
 
     `auto`: top1 with labels for a classifier, else agreement for a classifier and cosine for the rest. `options`:
     `output` (name of the output that is judged), `label_offset`, and, for `map`, those of
-    `vinoopt.accuracy.detection`. Metrics of other packages come from the entry-point group `vinoopt.metrics`.
+    `vinoopt.accuracy.detection`. Metrics of other packages come from the entry-point group `vinoopt.metrics`;
+    `module:attribute`, a metric or its factory, runs code and needs `allow_code`.
     Raises `MetricError` for an unknown name (with the nearest), an option that the metric lacks, missing labels,
     or outputs that do not fit.
     """
     chosen = {key: value for key, value in (options or {}).items() if value is not None}
     if name == "auto":
         name = _automatic(outputs, has_labels, chosen)
-    factory = _FACTORIES.get(name) or _plugged(name)
-    metric = factory(outputs=outputs, options=chosen)
+    if is_code(name):
+        factory = import_attribute(name, allow_code=allow_code, error=MetricError)
+    else:
+        factory = _FACTORIES.get(name) or _plugged(name)
+    is_ready = isinstance(factory, Metric) and not isinstance(factory, type)
+    metric = factory if is_ready else factory(outputs=outputs, options=chosen)
     if not isinstance(metric, Metric):
         raise MetricError(f'metric "{name}": its factory gave {type(metric).__name__}, which is no Metric')
     if metric.needs_labels and not has_labels:
