@@ -116,6 +116,8 @@ def _check_channels(spec: PreprocessSpec, tensor: TensorSpec, where: str) -> Non
             raise PreprocessError(f"{where}: {key} has {len(values)} values for {channels} channels")
     if 0 in spec.scale:
         raise PreprocessError(f"{where}: scale holds a zero, and the image is divided by it")
+    if (spec.mean or spec.scale) and not tensor.dtype.startswith(("float", "bfloat")):
+        raise PreprocessError(f"{where}: mean and scale make fractions, and the input takes {tensor.dtype}")
     if spec.image_size is None:
         return
     if min(spec.image_size) < 1:
@@ -153,7 +155,9 @@ def _embed_one(processor: PrePostProcessor, model: ov.Model, index: int, spec: P
     if channels == 3:
         tensor.set_color_format(ColorFormat.RGB)
     info.model().set_layout(ov.Layout(spec.model_layout))
-    steps = info.preprocess().convert_element_type(ov.Type.f32)
+    steps = info.preprocess()
+    if port.get_element_type().is_real() or spec.image_size is not None:
+        steps.convert_element_type(ov.Type.f32)
     if spec.image_size is not None:
         tensor.set_spatial_static_shape(*spec.image_size)
         steps.resize(_RESIZE[spec.resize])
@@ -199,11 +203,10 @@ def _resized(values: NDArray[Any], size: list[int], mode: str) -> NDArray[Any]:
     modes = {"linear": "linear_onnx", "cubic": "cubic", "nearest": "nearest"}
     resized = ops.interpolate(
         image,
-        np.array(size, dtype=np.int64),
-        np.ones(2, dtype=np.float32),
+        ops.constant(np.array(size, dtype=np.int64)),
         modes[mode],
         "sizes",
-        axes=np.array(axes, dtype=np.int64),
+        axes=ops.constant(np.array(axes, dtype=np.int64)),
     )
     model = ov.Model([resized], [image], "resize")
     compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
