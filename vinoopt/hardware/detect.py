@@ -79,9 +79,9 @@ def match_host() -> str | None:
 
 def match_cpu(brand: str) -> str | None:
     """The first shipped profile one of whose `cpu_match` patterns is found in a CPU's brand text, or None."""
-    plain = re.sub(r"\((R|TM|r|tm)\)", "", brand)
+    plain = re.sub(r"\((R|TM)\)", "", brand, flags=re.IGNORECASE)
     for profile in list_profiles():
-        if any(re.search(pattern, plain) for pattern in profile.cpu_match):
+        if any(re.search(pattern, plain, re.IGNORECASE) for pattern in profile.cpu_match):
             return profile.name
     return None
 

@@ -119,7 +119,7 @@ def _is_path(text: str) -> bool:
 
 @cache
 def _product_names() -> tuple[str, ...]:
-    files = sorted(profiles_folder().glob("*.toml"))
+    files = sorted(profiles_folder().glob("*.toml"), key=lambda file: file.stem)
     return tuple(file.stem for file in files if not serde.read_toml(file, error=ProfileError).get("abstract"))
 
 
