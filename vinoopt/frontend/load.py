@@ -62,6 +62,11 @@ _QUANTIZED_OPS = frozenset(
 )
 
 
+_NOT_COMPUTED = {
+    onnx.TensorProto.STRING: "strings",
+    onnx.TensorProto.COMPLEX64: "complex numbers",
+    onnx.TensorProto.COMPLEX128: "complex numbers",
+}
 _KINDS = {
     "sequence_type": "a sequence",
     "map_type": "a map",
@@ -303,10 +308,10 @@ def _spec(path: Path, value: onnx.ValueInfoProto, role: str, graph: onnx.GraphPr
     if kind not in (None, "tensor_type"):
         raise UnsupportedModelError(_not_a_tensor(path, value.name, role, kind, graph))
     tensor = value.type.tensor_type
-    if tensor.elem_type == onnx.TensorProto.STRING:
+    if tensor.elem_type in _NOT_COMPUTED:
         raise UnsupportedModelError(
-            f'{path}: {role} "{value.name}" holds strings, which the devices cannot compute with; '
-            "cut the text processing off (onnx.utils.extract_model) and give numbers"
+            f'{path}: {role} "{value.name}" holds {_NOT_COMPUTED[tensor.elem_type]}, which the devices cannot '
+            "compute with; cut that part off with onnx.utils.extract_model and give real numbers"
         )
     shape = tuple(_dim(dim) for dim in tensor.shape.dim) if tensor.HasField("shape") else ANY_RANK
     return TensorSpec(name=value.name, shape=shape, dtype=_dtype(tensor.elem_type))

@@ -7,7 +7,7 @@ same in every run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +88,15 @@ def load_model(
     resolved = images.resolve(preprocess, model_inputs)
     by_index = {i: resolved[spec.name] for i, spec in enumerate(model_inputs) if spec.name in resolved}
 
-    inner = sorted(compute_in_f32(model))
-    model = images.embed(model, by_index)
-    model = _restore_door(model, by_index, model_inputs, onnx.outputs)
-    apply_moc_transformations(model, cf=True)
+    try:
+        inner = sorted(compute_in_f32(model))
+        model = images.embed(model, by_index)
+        model = _restore_door(model, by_index, model_inputs, onnx.outputs)
+        apply_moc_transformations(model, cf=True)
+    except RuntimeError as exc:
+        raise UnsupportedModelError(
+            f"{onnx.path}: OpenVINO cannot simplify it: {refusal.cause(str(exc))}"
+        ) from exc
     assign_names(model, names, inputs=onnx.inputs, outputs=onnx.outputs)
 
     inputs = tuple(
@@ -277,26 +282,23 @@ def _is_product_of_activations(node: ov.Node) -> bool:
     )
 
 
-def _feeds_from_matmul(softmax: ov.Node) -> bool:
-    frontier = [(softmax.input_value(0).get_node(), _ATTENTION_DEPTH)]
-    while frontier:
-        node, depth = frontier.pop()
-        if _is_product_of_activations(node):
+def _reaches_product(start: list[ov.Node], step: Callable[[ov.Node], list[ov.Node]]) -> bool:
+    """Whether `step` leads from `start` to a product of activations through scaling, masks and reshapes only."""
+    seen: set[str] = set()
+    frontier = start
+    for _ in range(_ATTENTION_DEPTH + 1):
+        if any(_is_product_of_activations(node) for node in frontier):
             return True
-        if depth and node.get_type_name() in _ATTENTION_WALK:
-            frontier.extend((value.get_node(), depth - 1) for value in node.input_values())
+        seen.update(node.get_name() for node in frontier)
+        reached = [
+            each for node in frontier if node.get_type_name() in _ATTENTION_WALK for each in step(node)
+        ]
+        frontier = list({node.get_name(): node for node in reached if node.get_name() not in seen}.values())
     return False
 
 
-def _feeds_into_matmul(softmax: ov.Node) -> bool:
-    frontier = [(node, _ATTENTION_DEPTH) for node in _consumers(softmax)]
-    while frontier:
-        node, depth = frontier.pop()
-        if _is_product_of_activations(node):
-            return True
-        if depth and node.get_type_name() in _ATTENTION_WALK:
-            frontier.extend((each, depth - 1) for each in _consumers(node))
-    return False
+def _producers(node: ov.Node) -> list[ov.Node]:
+    return [value.get_node() for value in node.input_values()]
 
 
 def _consumers(node: ov.Node) -> list[ov.Node]:

@@ -34,14 +34,14 @@ def explain(path: Path, proto: onnx.ModelProto, *, reason: str, complaint: str) 
     missing = _without_rule(reason, nodes)
     if missing:
         return UnsupportedModelError(f"{path}: {_missing_sentence(missing)}")
-    cause = _cause(reason)
+    told = cause(reason)
     failed = _failed_node(reason, nodes)
     if complaint:
         return ModelError(f"{path}: not valid ONNX: {complaint}; export the model again")
     if failed is not None:
-        return UnsupportedModelError(f"{path}: {_failed_sentence(failed, cause)}")
+        return UnsupportedModelError(f"{path}: {_failed_sentence(failed, told)}")
     return UnsupportedModelError(
-        f"{path}: OpenVINO cannot read this model: {cause}; export it again with another opset or fixed "
+        f"{path}: OpenVINO cannot read this model: {told}; export it again with another opset or fixed "
         "shapes (torch.onnx.export(..., dynamic_shapes=None))"
     )
 
@@ -87,7 +87,7 @@ def _failed_node(reason: str, nodes: list[_Found]) -> _Found | None:
     return next((found for found in nodes if _spellings(found[0]) & words), None)
 
 
-def _failed_sentence(found: _Found, cause: str) -> str:
+def _failed_sentence(found: _Found, told: str) -> str:
     _, outer = found
     fix = "export it again with another opset or with fixed shapes"
     if outer:
@@ -95,14 +95,14 @@ def _failed_sentence(found: _Found, cause: str) -> str:
             f"export the model without {outer[0].op_type} (trace one branch, or give the value that decides "
             "it as a constant)"
         )
-    return f"OpenVINO cannot convert {_place(*found)}: {cause}; {fix}"
+    return f"OpenVINO cannot convert {_place(*found)}: {told}; {fix}"
 
 
 def _place(node: onnx.NodeProto, outer: tuple[onnx.NodeProto, ...]) -> str:
     return describe(node) + "".join(f" inside {describe(each)}" for each in reversed(outer))
 
 
-def _cause(reason: str) -> str:
+def cause(reason: str) -> str:
     """The last line of the text that says something in words."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     told = [
