@@ -194,7 +194,7 @@ def load_array(arrays: Mapping[str, Array], key: str, path: Path) -> Array:
 
 def _load_error(path: Path, exc: Exception, key: str = "") -> DataError:
     place = f'{path}, array "{key}"' if key else str(path)
-    if "allow_pickle" in str(exc) or "pickle" in str(exc).lower():
+    if "pickle" in str(exc) or "Python objects" in str(exc):
         return DataError(
             f"{place}: holds Python objects, or is no numpy file; pickled objects can run code and are never "
             "loaded: save plain number arrays of one shape with np.save or np.savez"

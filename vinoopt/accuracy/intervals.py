@@ -98,9 +98,10 @@ def bootstrap_means(drops: Array, base: Array, *, seed: int) -> tuple[Interval, 
     """Interval of mean(drops) / mean(base), paired, with a positive mean of `base`; and the method.
 
     The studentized bootstrap: Hall, "Theoretical comparison of bootstrap confidence intervals", Annals of
-    Statistics 16 (1988) 927-953; the error of the ratio is linearised. In simulation it covers skewed drops of 30
-    to 300 samples at 93 to 96 %, where BCa falls to 82 to 93 % with 30. Where so few samples differ that
-    resamples without them decide its ends, the exact limit of their share is taken times the worst one seen.
+    Statistics 16 (1988) 927-953; the error of the ratio is linearised. In simulation it covers normal, exponential
+    and lognormal drops of 30 to 300 samples at 93 to 96 %; BCa fell below 92 % with 30. Where so few samples differ
+    that resamples without them decide its ends, the exact limit of their share is taken times the worst drop
+    seen: that supposes that samples not drawn would be no worse.
     """
     samples = len(drops)
     value, error = (float(part[0]) for part in _ratio(drops[None], base[None]))
