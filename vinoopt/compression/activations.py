@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -166,6 +166,10 @@ class ActivationStream:
         for output in outputs:
             reached |= {output.get_node(), *self._ancestors(output.get_node())}
         return [node for node in self._inputs if node in reached]
+
+    def depends_on(self, output: ov.Output, nodes: Collection[ov.Node]) -> bool:
+        """Whether `output` comes from one of `nodes` without a cut in between."""
+        return any(node in nodes for node in (output.get_node(), *self._ancestors(output.get_node())))
 
     def _ancestors(self, node: ov.Node) -> set[ov.Node]:
         """Nodes that `node` depends on and that depend on the inputs."""

@@ -271,8 +271,13 @@ def biased_output(contraction: Contraction) -> ov.Output:
 
 
 def residual_join(contraction: Contraction) -> tuple[ov.Output, ov.Output] | None:
-    """(sum, other branch) where the contraction's biased output feeds nothing but an Add with another tensor."""
+    """(sum, other branch) where the contraction's biased output feeds nothing but an Add with another tensor.
+
+    FakeQuantize operators between the two are looked through.
+    """
     output = biased_output(contraction)
+    while (quantizer := _only_reader(output, "FakeQuantize")) is not None:
+        output = quantizer.output(0)
     add = _only_reader(output, "Add")
     if add is None:
         return None

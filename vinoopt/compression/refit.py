@@ -1,0 +1,284 @@
+"""Least-squares refit of the layers that have lost columns.
+
+`closed_form` and `refit_local` use the statistics of the float model alone: cheap enough for every width of
+every group. `refit_sequential` regresses the float model's outputs on what the pruned model itself computes,
+layer by layer in topological order, so that later layers make up for the errors of earlier ones (He, Zhang and
+Sun 2017, arXiv 1707.06168, section 3.2), with the error of the residual path added to the target.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from vinoopt.compression.activations import ActivationStream, Sample, iterate_calls
+from vinoopt.compression.contractions import (
+    Contraction,
+    RowReader,
+    bias_vector,
+    biased_output,
+    index_contractions,
+    replace_bias,
+    replace_weights,
+    residual_join,
+    select_contractions,
+    weight_matrix,
+)
+from vinoopt.compression.regression import PairedSums, solve, solve_rows
+from vinoopt.compression.saliency import Moments, Statistics
+from vinoopt.compression.surgery import LayerCut, PrunedModel
+
+Matrix: TypeAlias = NDArray[np.float64]
+Indices: TypeAlias = NDArray[np.intp]
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the layers done and all layers."""
+
+RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+"""Tried where the ridge is chosen on held-back samples; see `RefitSettings.ridge` for the unit."""
+_HELD_BACK = 5
+"""Every so many-th sample is held back."""
+_SAMPLES_PER_CALL = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefitSettings:
+    """How a sequential refit samples, regularises and stops."""
+
+    ridge: float | None = None
+    """Pull toward the old weights, in units of the columns' mean variance times columns per row; None: chosen per
+    layer on held-back samples."""
+    residual: bool = True
+    """Whether the target of a layer that feeds a residual add is the sum rather than its own output."""
+    rows_per_sample: int = 64
+    seed: int = 0
+    memory_bytes: int = 1 << 30
+    """For the activations held between layers, of both models together."""
+    time_limit_s: float | None = None
+    """Layers that are not reached in time keep their weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LocalRefit:
+    """Weights of the columns that stay, and what the bias gains."""
+
+    weights: Matrix
+    """[kept columns, outputs]"""
+    bias_shift: Matrix
+    """[outputs]"""
+    error: float
+    """Share of the outputs' variance that is lost, on the samples of the statistics."""
+
+
+def closed_form(
+    moments: Moments, weights: Matrix, kept_columns: Indices, *, ridge: float = 1.0, group: int = 0
+) -> LocalRefit:
+    """The weights of `kept_columns` that reproduce `weights` ([columns, outputs]) best on the moments' samples.
+
+    Ridge regression pulled toward the weights as they were; `ridge` counts in units of the kept columns' mean
+    variance times their number per row, so that it fades as rows grow. The bias takes up the change of the mean.
+    """
+    removed = np.setdiff1d(np.arange(len(weights)), kept_columns)
+    scale = ridge * len(kept_columns) / moments.rows
+    if moments.second is not None:
+        covariance = moments.covariance(group)
+        cross = covariance[np.ix_(kept_columns, removed)] @ weights[removed]
+        within = covariance[np.ix_(kept_columns, kept_columns)]
+        change = solve(within, cross, scale)
+        lost = float(
+            np.einsum("ij,ij->", covariance[np.ix_(removed, removed)] @ weights[removed], weights[removed])
+        )
+        lost += float(np.einsum("ij,ij->", within @ change - 2 * cross, change))
+        variance = float(np.einsum("ij,ij->", covariance @ weights, weights))
+    else:
+        rows = moments.centred_rows(group)
+        target = (rows[:, removed] @ weights[removed].astype(rows.dtype)).astype(np.float64)
+        change = solve_rows(rows[:, kept_columns], target, scale)
+        lost = float(np.square(target - rows[:, kept_columns] @ change).sum()) / len(rows)
+        variance = float(np.square(rows @ weights.astype(rows.dtype)).sum()) / len(rows)
+    mean = moments.mean[group]
+    return LocalRefit(
+        weights=weights[kept_columns] + change,
+        bias_shift=mean[removed] @ weights[removed] - mean[kept_columns] @ change,
+        error=max(lost, 0.0) / max(variance, np.finfo(np.float64).tiny),
+    )
+
+
+def mean_outputs(model: ov.Model, statistics: Statistics) -> dict[str, Matrix]:
+    """Layer -> mean of its outputs before the bias: what stands for it once it has no columns left to read."""
+    contractions = index_contractions(model)
+    return {
+        name: np.einsum("gk,gko->go", moments.mean, weight_matrix(contractions[name])).ravel()
+        for name, moments in statistics.moments.items()
+    }
+
+
+def refit_local(
+    original: ov.Model, pruned: PrunedModel, statistics: Statistics, *, ridge: float = 1.0
+) -> ov.Model:
+    """The pruned model with `closed_form` weights in every layer that has lost columns.
+
+    `statistics` are those of `original`, the model that was pruned. Raises `PlanError` for a layer without
+    statistics.
+    """
+    result = pruned.model.clone()
+    whole, small = index_contractions(original), index_contractions(result)
+    for cut in pruned.consumers:
+        source, layer = whole[cut.name], small[cut.name]
+        full, moments = weight_matrix(source), statistics[cut.name]
+        matrix, shift = [], []
+        for group, (columns, rows) in enumerate(_places(source, cut)):
+            refit = closed_form(moments, full[group][:, rows], columns, ridge=ridge, group=group)
+            matrix.append(refit.weights)
+            shift.append(refit.bias_shift)
+        bias = bias_vector(layer)
+        moved = np.concatenate(shift)
+        replace_weights(layer, np.stack(matrix))
+        replace_bias(layer, moved if bias is None else bias + moved)
+    return result
+
+
+def _places(source: Contraction, cut: LayerCut) -> Iterator[tuple[Indices, Indices]]:
+    """Per group: the columns of its matrix that are kept, and the outputs."""
+    channels = source.columns // source.taps
+    for group in range(source.groups):
+        kept = cut.kept_columns - group * channels
+        kept = kept[(kept >= 0) & (kept < channels)]
+        rows = cut.kept_rows - group * source.outputs
+        spread = (kept[:, None] * source.taps + np.arange(source.taps)).ravel()
+        yield spread, rows[(rows >= 0) & (rows < source.outputs)]
+
+
+# --------------------------------------------------------------------------- sequential
+
+
+def refit_sequential(
+    original: ov.Model,
+    pruned: PrunedModel,
+    samples: Iterable[Sample],
+    *,
+    settings: RefitSettings = RefitSettings(),
+    progress: Progress | None = None,
+) -> ov.Model:
+    """The pruned model with layers that have lost columns refitted in turn, each on the pruned model's activations.
+
+    A layer changes only where the fit without the held-back samples lowers its error on them; it is then fitted
+    on all. Deterministic for a seed, but for a time limit. Raises `DataError` for samples that do not fit.
+    """
+    names = [cut.name for cut in pruned.consumers]
+    result = pruned.model.clone()
+    targets = index_contractions(result)
+    kept_rows = {cut.name: cut.kept_rows for cut in (*pruned.consumers, *pruned.producers)}
+    walk = _Walk(original, pruned.model, names, (samples, settings))
+    for done, layer in enumerate(walk.layers(), start=1):
+        fit = _best_fit(*walk.paired_sums(layer, kept_rows[layer.name]), settings.ridge)
+        if fit is not None:
+            change, shift = fit
+            for contraction in (layer, targets[layer.name]):
+                bias = bias_vector(contraction)
+                replace_weights(contraction, weight_matrix(contraction) + change)
+                replace_bias(contraction, shift.ravel() + (0.0 if bias is None else bias))
+        if progress is not None:
+            progress(done, len(names))
+    return result
+
+
+def _best_fit(fitted: PairedSums, held_back: PairedSums, ridge: float | None) -> tuple[Matrix, Matrix] | None:
+    """The change that lowers the error on held-back rows most, fitted on all rows; None where none lowers it."""
+    if not fitted.rows or not held_back.rows:
+        return None
+    best, least = None, held_back.ee / held_back.rows
+    for candidate in (np.inf, *(RIDGES if ridge is None else (ridge,))):
+        error = held_back.error(*fitted.solve(candidate))
+        if error < least:
+            best, least = candidate, error
+    return None if best is None else (fitted + held_back).solve(best)
+
+
+class _Walk:
+    """Walks through the float model and a compressed one side by side, layer by layer in topological order."""
+
+    def __init__(
+        self,
+        original: ov.Model,
+        compressed: ov.Model,
+        names: Sequence[str],
+        data: tuple[Iterable[Sample], RefitSettings],
+    ) -> None:
+        samples, self._settings = data
+        self._ends_at = None
+        if self._settings.time_limit_s is not None:
+            self._ends_at = time.monotonic() + self._settings.time_limit_s
+        whole, small = original.clone(), compressed.clone()
+        known = index_contractions(whole)
+        self._pairs = [(known[each.name], each) for each in select_contractions(small, names)]
+        for _, layer in self._pairs:
+            if bias_vector(layer) is None:  # the stream has to know the Add before it starts
+                replace_bias(layer, np.zeros(layer.groups * layer.outputs))
+        calls = list(iterate_calls(whole, samples, size=_SAMPLES_PER_CALL))
+        room = self._settings.memory_bytes // 2
+        self._whole = ActivationStream(whole, calls, memory_bytes=room)
+        self._small = ActivationStream(small, calls, memory_bytes=room)
+        self._waiting = {layer.node for _, layer in self._pairs}
+        self._source: Contraction | None = None
+
+    def layers(self) -> Iterator[Contraction]:
+        """The layers of the compressed model, both streams standing before them."""
+        for source, layer in self._pairs:
+            if self._ends_at is not None and time.monotonic() > self._ends_at:
+                return
+            self._whole.advance(source.node)
+            self._small.advance(layer.node)
+            self._source = source
+            yield layer
+            self._waiting.discard(layer.node)
+
+    def paired_sums(self, layer: Contraction, kept_rows: Indices) -> tuple[PairedSums, PairedSums]:
+        """Sums over sampled rows of what the layer reads and the error of its output: for the fit, and held back."""
+        target, other = self._target(layer)
+        wanted = [layer.data, *([other] if other is not None else [])]
+        weights = weight_matrix(layer)
+        bias = bias_vector(layer)
+        reader = RowReader(layer)
+        rng = np.random.default_rng([self._settings.seed, zlib.crc32(layer.name.encode())])
+        both = [PairedSums.empty(*weights.shape) for _ in range(2)]
+        start = 0
+        for (aim,), tensors in zip(self._whole.read([target]), self._small.read(wanted), strict=True):
+            shape = reader.output_shape(tensors[0].shape)
+            positions = reader.positions(shape, self._settings.rows_per_sample, rng)
+            x = reader.input_rows(tensors[0], shape, positions)
+            error = reader.output_rows(aim, positions)[:, kept_rows]
+            if other is not None:
+                error = error - reader.output_rows(tensors[1], positions)
+            if bias is not None:
+                error = error - bias.astype(error.dtype)
+            error = error.reshape(len(error), layer.groups, layer.outputs).transpose(1, 0, 2)
+            error = error - x @ weights.astype(x.dtype)
+            samples = start + np.arange(len(positions))
+            is_held = np.repeat(samples % _HELD_BACK == _HELD_BACK - 1, positions.shape[1])
+            for sums, chosen in zip(both, (~is_held, is_held), strict=True):
+                sums.add(x[:, chosen], error[:, chosen])
+            start += len(positions)
+        return both[0], both[1]
+
+    def _target(self, layer: Contraction) -> tuple[ov.Output, ov.Output | None]:
+        """What the float model makes here, and the other branch of the compressed model that is added to the layer.
+
+        The other branch counts only once all layers behind it are done: otherwise their fit will change it.
+        """
+        if self._source is None:
+            raise RuntimeError("no layer has been reached yet")
+        own = biased_output(self._source), None
+        joins = residual_join(self._source), residual_join(layer)
+        if not self._settings.residual or joins[0] is None or joins[1] is None:
+            return own
+        other = joins[1][1]
+        if self._small.depends_on(other, self._waiting):
+            return own
+        return joins[0][0], other

@@ -1,0 +1,115 @@
+"""Ridge regression from moments or from rows, and paired moments that are split for validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
+
+Matrix: TypeAlias = NDArray[np.float64]
+Array: TypeAlias = NDArray[np.floating]
+
+_LEAST_RIDGE = 1e-9
+_EXACT_COLUMNS = 1024
+"""Up to here products run in float64; beyond, each call's product in float32 and only the sum in float64."""
+
+
+def solve(covariance: Matrix, cross: Matrix, scale: float) -> Matrix:
+    """`(covariance + scale * mean variance * I)^-1 cross`, for a symmetric covariance."""
+    if not len(covariance):
+        return np.zeros_like(cross)
+    damped = covariance.copy()
+    level = max(scale, _LEAST_RIDGE) * float(np.mean(np.diag(covariance)))
+    damped[np.diag_indices_from(damped)] += max(level, np.finfo(np.float64).tiny)
+    solution: Matrix = cho_solve(cho_factor(damped, lower=True, overwrite_a=True), cross)
+    return solution
+
+
+def solve_rows(rows: Array, target: Matrix, scale: float) -> Matrix:
+    """`solve` for the covariance of centred `rows`, in the dual: as many unknowns as there are rows."""
+    count, columns = rows.shape
+    if not columns:
+        return np.zeros((0, target.shape[1]))
+    kernel = (rows @ rows.T).astype(np.float64)
+    level = max(scale, _LEAST_RIDGE) * count * float(np.square(rows).mean())
+    kernel[np.diag_indices_from(kernel)] += max(level, np.finfo(np.float64).tiny)
+    solution: Matrix = rows.T @ cho_solve(cho_factor(kernel, lower=True, overwrite_a=True), target)
+    return solution
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class PairedSums:
+    """Sums over rows of columns x and of errors e that a change of the weights is to take away, per group."""
+
+    rows: int
+    x: Matrix
+    """[groups, columns]"""
+    e: Matrix
+    """[groups, outputs]"""
+    xx: Matrix
+    """[groups, columns, columns]"""
+    xe: Matrix
+    """[groups, columns, outputs]"""
+    ee: float
+
+    @classmethod
+    def empty(cls, groups: int, columns: int, outputs: int) -> PairedSums:
+        """Sums over no rows."""
+        return cls(
+            rows=0,
+            x=np.zeros((groups, columns)),
+            e=np.zeros((groups, outputs)),
+            xx=np.zeros((groups, columns, columns)),
+            xe=np.zeros((groups, columns, outputs)),
+            ee=0.0,
+        )
+
+    def add(self, x: Array, e: Array) -> None:
+        """Add rows: x [groups, rows, columns], e [groups, rows, outputs]."""
+        dtype = np.float64 if x.shape[2] <= _EXACT_COLUMNS else np.float32
+        x, e = x.astype(dtype, copy=False), e.astype(dtype, copy=False)
+        self.rows += x.shape[1]
+        self.x += x.sum(axis=1, dtype=np.float64)
+        self.e += e.sum(axis=1, dtype=np.float64)
+        for group in range(len(x)):
+            self.xx[group] += x[group].T @ x[group]
+            self.xe[group] += x[group].T @ e[group]
+        self.ee += float(np.square(e, dtype=np.float64).sum())
+
+    def __add__(self, other: PairedSums) -> PairedSums:
+        return PairedSums(
+            rows=self.rows + other.rows,
+            x=self.x + other.x,
+            e=self.e + other.e,
+            xx=self.xx + other.xx,
+            xe=self.xe + other.xe,
+            ee=self.ee + other.ee,
+        )
+
+    def solve(self, ridge: float) -> tuple[Matrix, Matrix]:
+        """Change of the weights [groups, columns, outputs] and of the bias [groups, outputs].
+
+        `ridge` counts in units of the columns' mean variance times columns per row; infinite: the bias alone.
+        """
+        mean_x, mean_e = self.x / self.rows, self.e / self.rows
+        if np.isinf(ridge):
+            return np.zeros_like(self.xe), mean_e
+        scale = ridge * self.x.shape[1] / self.rows
+        change = np.stack(
+            [
+                solve(xx / self.rows - np.outer(x, x), xe / self.rows - np.outer(x, e), scale)
+                for xx, xe, x, e in zip(self.xx, self.xe, mean_x, mean_e, strict=True)
+            ]
+        )
+        return change, mean_e - np.einsum("gk,gko->go", mean_x, change)
+
+    def error(self, change: Matrix, shift: Matrix) -> float:
+        """Mean squared error per row that is left after the change."""
+        moved = np.einsum("gk,gko->go", self.x, change)
+        total = self.ee - 2 * float((change * self.xe).sum() + (shift * self.e).sum())
+        total += float((change * (self.xx @ change)).sum())
+        total += float((shift * (2 * moved + self.rows * shift)).sum())
+        return total / self.rows
