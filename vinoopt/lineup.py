@@ -25,17 +25,19 @@ from vinoopt.frontend.preprocess import compute, resolve
 from vinoopt.records import (
     CompileRequest,
     Device,
+    DeviceSpec,
     PreprocessSpec,
     QuantizationPlan,
     Record,
     RuntimeProperties,
     TensorSpec,
 )
+from vinoopt.tuning import TuneTask
 
 SAMPLES = 64
 """Fresh inputs that requests cycle through."""
 SUBSET_SIZE = 300
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+_PRECISION = "INFERENCE_PRECISION_HINT"
 _FOR_ALL = ("PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_NUM_THREADS", "PERFORMANCE_HINT_NUM_REQUESTS")
 """Properties of a request that all contestants get; the others are the main model's own."""
 
@@ -271,7 +273,7 @@ def _common(request: LineupRequest) -> dict[str, str]:
 
 def _float_reference(request: LineupRequest, main: _Main, word: str, samples: _Samples) -> Contestant:
     precision = {"fp32": "f32", "bf16": "bf16"}[word]
-    properties = {**_common(request), "INFERENCE_PRECISION_HINT": precision}
+    properties = {**_common(request), _PRECISION: precision}
     return Contestant(
         name=word, model=main.source().model, device=main.contestant.device, properties=properties
     )
@@ -327,3 +329,35 @@ _REFERENCES: dict[str, Callable[[LineupRequest, _Main, str, _Samples], Contestan
     "int8": _int8_reference,
     "onnxruntime": _onnxruntime_reference,
 }
+
+
+# --------------------------------------------------------------------------- tuning
+
+
+def tuning_task(
+    request: LineupRequest, *, spec: DeviceSpec | None = None
+) -> tuple[TuneTask, RuntimeProperties, tuple[str, ...]]:
+    """What `tuning.tune` needs for the request: the task, the properties that must stay, and messages.
+
+    A bundle keeps the inference precision that it was judged with, and is held against its float model where
+    that is still there. Raises `InputError` for a blob, whose properties are fixed.
+    """
+    main = _main(request)
+    model = main.contestant.model
+    if isinstance(model, Path):
+        if model.suffix == ".blob":
+            raise InputError(f"{model} is a blob: its properties were fixed when it was compiled")
+        model = ov.Core().read_model(model)
+    if not isinstance(model, ov.Model):
+        raise InputError(f"{request.model} holds no model that can be compiled anew")
+    samples = _samples(request, main)
+    fixed = {k: v for k, v in main.contestant.properties.items() if k == _PRECISION}
+    is_known = main.onnx is not None and main.onnx.is_file()
+    task = TuneTask(
+        model=model,
+        samples=samples.measured,
+        device=main.contestant.device,
+        spec=spec,
+        reference=main.source().model if is_known else None,
+    )
+    return task, RuntimeProperties.of(fixed), samples.messages

@@ -63,9 +63,7 @@ _OPTIONS = (
     help="fp32, bf16, int8 (plain nncf.quantize), onnxruntime, or a path. Repeatable.",
 )
 @measuring_options
-def bench_command(
-    model: str | None, model_option: str | None, against: tuple[str, ...], **options: Any
-) -> None:
+def bench(model: str | None, model_option: str | None, against: tuple[str, ...], **options: Any) -> None:
     """Measure MODEL (bundle, IR, ONNX or blob) side by side with references."""
     if (model is None) == (model_option is None):
         raise click.UsageError("give the model once: as MODEL, or with -m")
@@ -76,7 +74,7 @@ def bench_command(
 @click.argument("reference")
 @click.argument("candidate")
 @measuring_options
-def compare_command(reference: str, candidate: str, **options: Any) -> None:
+def compare(reference: str, candidate: str, **options: Any) -> None:
     """Say how much faster CANDIDATE is than REFERENCE: each a bundle, IR, ONNX file or blob."""
     _run(candidate, (reference,), **options)
 

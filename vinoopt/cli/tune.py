@@ -1,0 +1,113 @@
+"""`vinoopt tune`: runtime properties for a model on a device of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from vinoopt.tuning import SettingTrial, TuneResult
+
+_GOALS = {"latency": "latency", "throughput": "throughput", "tput": "throughput"}
+
+
+@click.command("tune")
+@click.argument("model", required=False)
+@click.option("-m", "--model", "model_option", help="The same as MODEL.")
+@click.option("-d", "--device", default="CPU", show_default=True, help="Device of this machine.")
+@click.option("--goal", "--hint", type=click.Choice(list(_GOALS)), default="latency", show_default=True)
+@click.option(
+    "--latency-limit",
+    "latency_limit_ms",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MS",
+    help="For throughput: the 90th percentile of latency that a setting may have.",
+)
+@click.option("-t", "--seconds", type=click.FloatRange(min=1), help="When to stop trying further settings.")
+@click.option("--min-cosine", type=float, default=0.999, show_default=True, help="Of outputs against f32.")
+@click.option("--min-agreement", type=float, default=0.99, show_default=True, help="Of the top class.")
+@click.option("--profile", help="Hardware profile whose values to try too.")
+@click.option("--shape", "-shape", help='Input shapes, as "x[1,3,224,224]".')
+@click.option("-b", "--batch", type=click.IntRange(1), help="Batch size.")
+@click.option("--data", help="Real inputs: npz, npy, or a folder.")
+@click.option("--preprocess", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--allow-code", is_flag=True, help="Let --data import module:attribute.")
+@click.option("--journal", type=click.Path(dir_okay=False, path_type=Path), help="JSONL file to resume from.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the properties as JSON here.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout.")
+def tune(model: str | None, model_option: str | None, **options: Any) -> None:
+    """Find the OpenVINO properties that run MODEL (bundle, IR or ONNX) best on this machine."""
+    if (model is None) == (model_option is None):
+        raise click.UsageError("give the model once: as MODEL, or with -m")
+    from vinoopt import tuning
+
+    task, base, messages = _task(model or model_option or "", **options)
+    config = tuning.TuneConfig(
+        goal=tuning.Goal(_GOALS[options["goal"]]),
+        latency_limit_ms=options["latency_limit_ms"],
+        base=base,
+        min_cosine=options["min_cosine"],
+        min_agreement=options["min_agreement"],
+        seconds=options["seconds"],
+    )
+    for message in messages:
+        click.echo(message, err=True)
+    result = tuning.tune(task, config=config, journal=options["journal"], progress=_show)
+    for warning in result.warnings:
+        click.echo(warning, err=True)
+    if options["output"] is not None:
+        options["output"].write_text(properties_json(result) + "\n", encoding="utf-8")
+    click.echo(result.model_dump_json(indent=2) if options["as_json"] else to_text(result))
+
+
+def _task(model: str, **options: Any) -> Any:
+    from vinoopt.frontend.preprocess import read_preprocess
+    from vinoopt.hardware.profile import load_profile
+    from vinoopt.lineup import LineupRequest, tuning_task
+    from vinoopt.records import Device
+
+    request = LineupRequest(
+        model=model,
+        device=options["device"],
+        data=options["data"],
+        preprocess=read_preprocess(options["preprocess"]) if options["preprocess"] else (),
+        shape=options["shape"],
+        batch=options["batch"],
+        allow_code=options["allow_code"],
+    )
+    spec = None
+    if options["profile"]:
+        kind = Device(options["device"].partition(".")[0])
+        spec = load_profile(options["profile"]).devices.get(kind)
+    return tuning_task(request, spec=spec)
+
+
+def _show(trial: SettingTrial) -> None:
+    setting = " ".join(f"{key}={value}" for key, value in trial.properties.items) or "default"
+    click.echo(f"{trial.state!s:<10} {setting}{f': {trial.reason}' if trial.reason else ''}", err=True)
+
+
+def properties_json(result: TuneResult) -> str:
+    """The properties as `core.compile_model` takes them."""
+    import json
+
+    return json.dumps(result.properties.as_dict(), indent=2)
+
+
+def to_text(result: TuneResult) -> str:
+    """The properties, and the sentence that tells what they gain."""
+    from vinoopt.cli.bench import sentence
+
+    verdict = (
+        "the default stays: no setting was faster"
+        if result.comparison is None
+        else sentence(result.comparison)
+    )
+    return f"{properties_json(result)}\n{verdict}"

@@ -1,0 +1,22 @@
+"""OpenVINO's runtime properties for one model on a device of this machine: raced, and checked for parity.
+
+result = tune(TuneTask(model=model, samples=samples), config=TuneConfig(goal=Goal.THROUGHPUT))
+compiled = core.compile_model(model, "CPU", result.properties.as_dict())
+"""
+
+from vinoopt.tuning.parity import Parity
+from vinoopt.tuning.race import TuneTask, tune
+from vinoopt.tuning.settings import axes
+from vinoopt.tuning.trials import Goal, SettingState, SettingTrial, TuneConfig, TuneResult
+
+__all__ = [
+    "Goal",
+    "Parity",
+    "SettingState",
+    "SettingTrial",
+    "TuneConfig",
+    "TuneResult",
+    "TuneTask",
+    "axes",
+    "tune",
+]

@@ -1,0 +1,362 @@
+"""Short heats against the default, a final of the leaders, and a duel that decides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import openvino as ov
+
+from vinoopt import serde
+from vinoopt.bench import BenchResult, Contestant, MeasureConfig, MeasureMode, Sample, measure
+from vinoopt.errors import DeviceError, InputError
+from vinoopt.records import DeviceSpec, Measurement, RuntimeProperties
+from vinoopt.tuning.parity import Outputs, Parity, departure, parity, run_all
+from vinoopt.tuning.settings import axes
+from vinoopt.tuning.trials import Goal, Journal, SettingState, SettingTrial, TuneConfig, TuneResult
+
+HEAT_SIZE = 6
+"""Settings compiled at the same time, the default among them: each holds a copy of the weights."""
+HEAT_ROUNDS = 7
+FINAL_ROUNDS = 15
+DUEL_ROUNDS = 40
+LEADERS = 3
+"""Settings that are combined with each other, and that reach the final."""
+PARITY_SAMPLES = 64
+DEFAULT = "default"
+NOTHING = RuntimeProperties()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TuneTask:
+    """The model, where it runs, and what its outputs are held against."""
+
+    model: ov.Model
+    samples: Sequence[Sample]
+    device: str = "CPU"
+    spec: DeviceSpec | None = None
+    """Adds the hardware profile's values worth trying."""
+    reference: ov.Model | None = None
+    """The float model; None: `model` itself, computed in f32."""
+
+
+def tune(
+    task: TuneTask,
+    *,
+    config: TuneConfig | None = None,
+    journal: Path | None = None,
+    progress: Callable[[SettingTrial], None] | None = None,
+) -> TuneResult:
+    """The runtime properties that serve the goal best on this machine, with the evidence.
+
+    Every setting of one property is raced against the default in short heats; the leaders are combined and
+    raced again; the best of a final meets the default in a duel on fresh rounds, and displaces it only by a
+    significant gain. Settings whose outputs fall below `min_cosine` or `min_agreement` against the float
+    reference, and below the default's own, are refused before they are timed. `journal` is a JSONL file:
+    settings that left the race there for the same model, device and configuration are not tried again.
+    Raises `DeviceError` where the default itself does not run, `InputError` for an unusable request.
+    """
+    config = config or TuneConfig()
+    if config.latency_limit_ms is not None and config.goal is Goal.LATENCY:
+        raise InputError("a latency limit belongs to the goal throughput; for least latency leave it out")
+    if not task.samples:
+        raise InputError("tuning needs samples to run on")
+    kept = Journal.open(journal, _key(task, config))
+    race = _Race(task=task, config=config, journal=kept, progress=progress)
+    leaders = race.heats([each for each in _single_settings(task, config) if not race.is_default(each)])
+    leaders += race.heats(list(_combined(leaders[:LEADERS])))
+    leaders.sort(key=lambda each: each.gain, reverse=True)
+    return race.finish(leaders)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entrant:
+    """A setting that the device takes and whose outputs are right."""
+
+    setting: RuntimeProperties
+    parity: Parity
+    compiled: ov.CompiledModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Leader:
+    """A setting that was faster than the default in its heat."""
+
+    trial: SettingTrial
+    gain: float
+
+
+class _Race:
+    def __init__(
+        self,
+        *,
+        task: TuneTask,
+        config: TuneConfig,
+        journal: Journal,
+        progress: Callable[[SettingTrial], None] | None,
+    ) -> None:
+        self.task, self.config, self.journal, self.progress = task, config, journal, progress
+        self.trials: list[SettingTrial] = []
+        self.warnings: list[str] = []
+        self.deadline = time.monotonic() + config.seconds if config.seconds else None
+        samples = task.samples[:PARITY_SAMPLES]
+        self.default = self._compile(NOTHING)
+        reference = task.reference if task.reference is not None else task.model
+        self.expected: Outputs = run_all(_compiled(reference, "CPU", _EXACT), samples)
+        self.parity = parity(run_all(self.default, samples), self.expected)
+        if reason := self._departure(self.parity, None):
+            self.warnings.append(f"the default setting itself departs from the float reference: {reason}")
+
+    def is_default(self, setting: RuntimeProperties) -> bool:
+        """Whether the device already does this by default."""
+        return all(_word(self.default.get_property(key)) == value for key, value in setting.items)
+
+    def heats(self, settings: Sequence[RuntimeProperties]) -> list[_Leader]:
+        """The settings that were faster than the default, fastest first."""
+        leaders: list[_Leader] = []
+        fresh = [each for each in settings if not self._is_known(each)]
+        size = HEAT_SIZE - 1
+        for first in range(0, len(fresh), size):
+            heat = fresh[first : first + size]
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                late = "the time was over"
+                self._record(
+                    SettingTrial(properties=each, state=SettingState.NOT_TRIED, reason=late) for each in heat
+                )
+            else:
+                leaders += self._heat(heat)
+        return sorted(leaders, key=lambda each: each.gain, reverse=True)
+
+    def finish(self, leaders: Sequence[_Leader]) -> TuneResult:
+        """The best leader of a final against the default, in rounds that chose nothing yet."""
+        finalists = [self._entrant(each.trial) for each in leaders[:LEADERS]]
+        best = self._final(finalists)
+        duel = self._measure([best] if best else [], DUEL_ROUNDS)
+        state, reason = self._verdict(duel) if best else (SettingState.LEADER, "")
+        is_default = state is not SettingState.CHOSEN
+        default = SettingTrial(
+            properties=NOTHING,
+            state=SettingState.CHOSEN if is_default else SettingState.LEADER,
+            reason="" if is_default else "displaced",
+            parity=self.parity,
+            measurement=duel.of(DEFAULT),
+        )
+        last = [self._trial(best, state, reason, duel)] if best else []
+        behind = [each.trial for each in leaders if best is None or each.trial.properties != best.setting]
+        self._record([*behind, *([*last, default] if is_default else [default, *last])])
+        self._note_limit(duel.of(DEFAULT), is_default=is_default)
+        chosen = NOTHING if best is None or is_default else best.setting
+        return TuneResult(
+            properties=self._properties(chosen),
+            trials=tuple(self.trials),
+            comparison=duel.compare(DEFAULT, _name(best.setting)) if best else None,
+            warnings=(*self.warnings, *duel.warnings),
+        )
+
+    def _final(self, finalists: Sequence[_Entrant]) -> _Entrant | None:
+        """The fastest finalist within the limit; a single one needs no final."""
+        if len(finalists) < 2:
+            return next(iter(finalists), None)
+        result = self._measure(finalists, FINAL_ROUNDS)
+        eligible = [e for e in finalists if not self._is_over_limit(result.of(_name(e.setting)))]
+        gains = [result.compare(DEFAULT, _name(each.setting)).speedup for each in eligible]
+        return eligible[gains.index(max(gains))] if eligible else None
+
+    def _verdict(self, duel: BenchResult) -> tuple[SettingState, str]:
+        """What the duel says about the setting that is not the default."""
+        default, rival = duel.measurements
+        comparison = duel.compare(DEFAULT, rival.name)
+        is_gain = comparison.is_significant and comparison.speedup > 1
+        if self._is_over_limit(rival):
+            return SettingState.OVER_LIMIT, f"p90 {rival.latency_p90_ms:.3g} ms in the duel"
+        if is_gain or self._is_over_limit(default):
+            return SettingState.CHOSEN, ""
+        return SettingState.LEADER, "no significant gain over the default"
+
+    def _heat(self, settings: Sequence[RuntimeProperties]) -> list[_Leader]:
+        entrants = [each for setting in settings if (each := self._admitted(setting)) is not None]
+        if not entrants:
+            return []
+        result = self._measure(entrants, HEAT_ROUNDS)
+        default_is_over = self._is_over_limit(result.of(DEFAULT))
+        leaders = []
+        for entrant in entrants:
+            name = _name(entrant.setting)
+            measurement, gain = result.of(name), result.compare(DEFAULT, name).speedup
+            if self._is_over_limit(measurement):
+                reason = f"p90 {measurement.latency_p90_ms:.3g} ms"
+                self._record([self._trial(entrant, SettingState.OVER_LIMIT, reason, result)])
+            elif gain <= 1 and not default_is_over:
+                reason = f"{gain:.3f}x of the default"
+                self._record([self._trial(entrant, SettingState.DROPPED, reason, result)])
+            else:
+                trial = self._trial(entrant, SettingState.LEADER, f"{gain:.3f}x in its heat", result)
+                leaders.append(_Leader(trial=trial, gain=gain))
+        return leaders
+
+    def _admitted(self, setting: RuntimeProperties) -> _Entrant | None:
+        """The setting compiled, or None where the device refuses it or its outputs depart."""
+        try:
+            compiled = self._compile(setting)
+            outputs = run_all(compiled, self.task.samples[:PARITY_SAMPLES])
+        except DeviceError as exc:
+            self._record([SettingTrial(properties=setting, state=SettingState.FAILED, reason=str(exc))])
+            return None
+        found = parity(outputs, self.expected)
+        if reason := self._departure(found, self.parity):
+            refused = SettingState.REFUSED
+            self._record([SettingTrial(properties=setting, state=refused, reason=reason, parity=found)])
+            return None
+        return _Entrant(setting=setting, parity=found, compiled=compiled)
+
+    def _entrant(self, trial: SettingTrial) -> _Entrant:
+        """A leader compiled again: between heats only the default stays compiled."""
+        found = trial.parity if trial.parity is not None else self.parity
+        setting = trial.properties
+        return _Entrant(setting=setting, parity=found, compiled=self._compile(setting))
+
+    def _measure(self, entrants: Sequence[_Entrant], rounds: int) -> BenchResult:
+        device = self.task.device
+        contestants = [
+            Contestant(name=DEFAULT, model=self.default, device=device),
+            *(Contestant(name=_name(e.setting), model=e.compiled, device=device) for e in entrants),
+        ]
+        config = MeasureConfig(
+            mode=MeasureMode(self.config.goal.value),
+            rounds=rounds,
+            min_round_ms=self.config.turn_ms,
+            warmup_ms=2 * self.config.turn_ms,
+            seed=self.config.seed,
+        )
+        return measure(contestants, self.task.samples, config=config)
+
+    def _trial(
+        self, entrant: _Entrant, state: SettingState, reason: str, result: BenchResult
+    ) -> SettingTrial:
+        name = _name(entrant.setting)
+        return SettingTrial(
+            properties=entrant.setting,
+            state=state,
+            reason=reason,
+            parity=entrant.parity,
+            measurement=result.of(name),
+            comparison=result.compare(DEFAULT, name),
+        )
+
+    def _departure(self, found: Parity, default: Parity | None) -> str:
+        demands = {"min_cosine": self.config.min_cosine, "min_agreement": self.config.min_agreement}
+        return departure(found, **demands, default=default)
+
+    def _properties(self, setting: RuntimeProperties) -> RuntimeProperties:
+        return RuntimeProperties.of({**self.config.default.as_dict(), **setting.as_dict()})
+
+    def _compile(self, setting: RuntimeProperties) -> ov.CompiledModel:
+        return _compiled(self.task.model, self.task.device, self._properties(setting))
+
+    def _is_over_limit(self, measurement: Measurement) -> bool:
+        limit, p90 = self.config.latency_limit_ms, measurement.latency_p90_ms
+        return limit is not None and p90 is not None and p90 > limit
+
+    def _note_limit(self, default: Measurement, *, is_default: bool) -> None:
+        if is_default and self._is_over_limit(default):
+            self.warnings.append(
+                f"no setting keeps the latency limit of {self.config.latency_limit_ms:g} ms; the default has "
+                f"p90 {default.latency_p90_ms:.3g} ms"
+            )
+
+    def _is_known(self, setting: RuntimeProperties) -> bool:
+        """Whether the journal saw it leave the race; its trial is then taken over."""
+        trial = self.journal.closed.get(setting)
+        if trial is not None:
+            self.trials.append(trial)
+        return trial is not None
+
+    def _record(self, trials: Iterator[SettingTrial] | Sequence[SettingTrial]) -> None:
+        ended = tuple(trials)
+        self.trials.extend(ended)
+        self.journal.write(ended)
+        if self.progress is not None:
+            for trial in ended:
+                self.progress(trial)
+
+
+_EXACT = RuntimeProperties.of({"INFERENCE_PRECISION_HINT": "f32"})
+
+
+def _name(setting: RuntimeProperties) -> str:
+    return " ".join(f"{key}={value}" for key, value in setting.items)
+
+
+def _word(value: object) -> str:
+    """A property's value as it is written when it is set."""
+    if isinstance(value, bool):
+        return "YES" if value else "NO"
+    return str(value.get_type_name()) if isinstance(value, ov.Type) else str(value).rpartition(".")[2]
+
+
+def _single_settings(task: TuneTask, config: TuneConfig) -> Iterator[RuntimeProperties]:
+    is_stream = config.goal is Goal.THROUGHPUT
+    fixed = config.base.as_dict()
+    for key, values in sorted(axes(task.device, task.spec, is_stream=is_stream).items()):
+        if key not in fixed:
+            yield from (RuntimeProperties.of({key: value}) for value in values)
+
+
+def _combined(leaders: Sequence[_Leader]) -> Iterator[RuntimeProperties]:
+    """Every two leaders of different properties joined, and all three."""
+    for size in (2, 3):
+        for chosen in combinations((each.trial.properties.as_dict() for each in leaders), size):
+            merged: dict[str, str] = {}
+            for each in chosen:
+                merged |= each
+            if len(merged) == sum(len(each) for each in chosen):
+                yield RuntimeProperties.of(merged)
+
+
+def _compiled(model: ov.Model, device: str, properties: RuntimeProperties) -> ov.CompiledModel:
+    try:
+        return ov.Core().compile_model(model, device, properties.as_dict())
+    except RuntimeError as exc:
+        reason = str(exc).strip().splitlines()[-1]
+        raise DeviceError(f"{device} does not take {_name(properties)}: {reason}") from exc
+
+
+def _key(task: TuneTask, config: TuneConfig) -> str:
+    """Digest of all that decides whether a setting leaves the race."""
+    core = ov.Core()
+    facts = {
+        "model": _fingerprint(task.model),
+        "reference": _fingerprint(task.reference) if task.reference is not None else None,
+        "device": task.device,
+        "name": core.get_property(task.device, "FULL_DEVICE_NAME") if _is_here(core, task.device) else "",
+        "openvino": ov.get_version(),
+        "config": serde.to_json(serde.replace(config, seconds=None)),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _is_here(core: ov.Core, device: str) -> bool:
+    return device in core.available_devices
+
+
+def _fingerprint(model: ov.Model) -> str:
+    """Digest of the operators, their shapes and the constants, in the order of execution."""
+    digest = hashlib.sha256()
+    for op in model.get_ordered_ops():
+        shapes = [str(port.get_partial_shape()) for port in op.outputs()]
+        sources = [port.get_source_output().get_node().get_type_name() for port in op.inputs()]
+        digest.update(json.dumps([op.get_type_name(), shapes, sources, str(op.get_attributes())]).encode())
+        if op.get_type_name() == "Constant":
+            digest.update(_constant_bytes(op))
+    return digest.hexdigest()
+
+
+def _constant_bytes(op: ov.Node) -> bytes:
+    if op.get_element_type() == ov.Type.string:
+        return json.dumps([str(each) for each in op.get_value_strings()]).encode()
+    return bytes(op.get_tensor_view().data.tobytes())
