@@ -88,15 +88,7 @@ def load_model(
     resolved = images.resolve(preprocess, model_inputs)
     by_index = {i: resolved[spec.name] for i, spec in enumerate(model_inputs) if spec.name in resolved}
 
-    try:
-        inner = sorted(compute_in_f32(model))
-        model = images.embed(model, by_index)
-        model = _restore_door(model, by_index, model_inputs, onnx.outputs)
-        apply_moc_transformations(model, cf=True)
-    except RuntimeError as exc:
-        raise UnsupportedModelError(
-            f"{onnx.path}: OpenVINO cannot simplify it: {refusal.cause(str(exc))}"
-        ) from exc
+    model, inner = _folded(model, by_index, model_inputs=model_inputs, onnx=onnx)
     assign_names(model, names, inputs=onnx.inputs, outputs=onnx.outputs)
 
     inputs = tuple(
@@ -117,6 +109,25 @@ def load_model(
         preprocess=tuple(preprocess),
         onnx=onnx,
     )
+
+
+def _folded(
+    model: ov.Model,
+    with_images: dict[int, PreprocessSpec],
+    *,
+    model_inputs: tuple[TensorSpec, ...],
+    onnx: OnnxFile,
+) -> tuple[ov.Model, list[str]]:
+    """The simplified float32 graph with images at its door, and the other float formats it had."""
+    try:
+        inner = sorted(compute_in_f32(model))
+        model = images.embed(model, with_images)
+        model = _restore_door(model, with_images, model_inputs, onnx.outputs)
+        apply_moc_transformations(model, cf=True)
+    except RuntimeError as exc:
+        told = refusal.cause(str(exc))
+        raise UnsupportedModelError(f"{onnx.path}: OpenVINO cannot simplify the graph: {told}") from exc
+    return model, inner
 
 
 def require_static(source: SourceModel, device: Device) -> None:
@@ -254,7 +265,9 @@ def is_transformer(model: ov.Model) -> bool:
     if not has_norm:
         return False
     return "ScaledDotProductAttention" in kinds or any(
-        node.get_type_name() == "Softmax" and _feeds_from_matmul(node) and _feeds_into_matmul(node)
+        node.get_type_name() == "Softmax"
+        and _reaches_product(_producers(node), _producers)
+        and _reaches_product(_consumers(node), _consumers)
         for node in nodes
     )
 
