@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vinoopt.errors import ToolchainCrashed, ToolchainError, ToolchainMissing, ToolchainRefused
 from vinoopt.hardware.detect import cpu_flags
@@ -163,30 +163,23 @@ class CpuIsaToolchain:
         return isa
 
     def _capped(self, isa: Isa, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        env: dict[str, str | None] = dict.fromkeys(_CAP_VARIABLES, isa.cap)
-        try:
-            reply = self._run(WORKER, request=request, timeout_s=timeout_s, env=env)
-        except ToolchainRefused as exc:
-            self._check_without_cap(isa, request, timeout_s, exc)
-            raise
+        reply = self._run(WORKER, request=request, timeout_s=timeout_s, env=_environment(isa.cap))
+        if "compile_error" in reply.values:
+            self._judge(isa, request, timeout_s, str(reply.values["compile_error"]))
         _check_effect(isa, reply.values["layers"])
         return reply.values
 
-    def _check_without_cap(
-        self, isa: Isa, request: dict[str, Any], timeout_s: float, refusal: ToolchainRefused
-    ) -> None:
-        """Raises `_CapArtefact` where every model of the request compiles without the cap."""
-        env: dict[str, str | None] = dict.fromkeys(_CAP_VARIABLES, None)
-        try:
-            for model in request["models"]:
-                bare = {**request, "op": "compile", "models": [model]}
-                self._run(WORKER, request=bare, timeout_s=timeout_s, env=env)
-        except ToolchainRefused:
-            return
+    def _judge(self, isa: Isa, request: dict[str, Any], timeout_s: float, error: str) -> NoReturn:
+        """Raises `ToolchainRefused` where a model does not compile without the cap either, else `_CapArtefact`."""
+        for model in request["models"]:
+            bare = {**request, "op": "compile", "models": [model]}
+            reply = self._run(WORKER, request=bare, timeout_s=timeout_s, env=_environment(None))
+            if "compile_error" in reply.values:
+                raise ToolchainRefused(str(reply.values["compile_error"]))
         raise _CapArtefact(
             f"CPU_ISA_CAP_ARTEFACT: compiles on this host, but not under {isa.cap}, so that CPU cannot be "
-            f"emulated for this model; that proves nothing about the CPU itself ({refusal})"
-        ) from refusal
+            f"emulated for this model; that proves nothing about the CPU itself ({error})"
+        )
 
     def _build(
         self,
@@ -217,6 +210,10 @@ class CpuIsaToolchain:
 
 class _CapArtefact(ToolchainCrashed):
     """A model that compiles on this host, but not under the cap."""
+
+
+def _environment(cap: str | None) -> dict[str, str | None]:
+    return dict.fromkeys(_CAP_VARIABLES, cap)
 
 
 def _request(job: LatencyJob | PredictJob) -> dict[str, Any]:

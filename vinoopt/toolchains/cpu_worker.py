@@ -24,8 +24,19 @@ Feed = dict[str, NDArray[Any]] | dict[int, NDArray[Any]]
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The reply to a request of `cpu_isa.py`; raises `ToolchainRefused` where OpenVINO refuses a model."""
-    return _OPERATIONS[request["op"]](request)
+    """The reply to a request of `cpu_isa.py`: `compile_error` alone where OpenVINO cannot compile a model.
+
+    That may be the cap's fault, which only the parent can find out; raises `ToolchainRefused` for inputs that
+    do not fit.
+    """
+    try:
+        return _OPERATIONS[request["op"]](request)
+    except _CompileError as exc:
+        return {"compile_error": str(exc)}
+
+
+class _CompileError(Exception):
+    """OpenVINO cannot compile a model."""
 
 
 def _compile(request: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +86,7 @@ def _compiled(path: str, request: dict[str, Any]) -> ov.CompiledModel:
     try:
         return ov.Core().compile_model(path, "CPU", request["properties"])
     except RuntimeError as exc:
-        raise ToolchainRefused(f"OpenVINO cannot compile {Path(path).name}: {reason_of(exc)}") from exc
+        raise _CompileError(f"OpenVINO cannot compile {Path(path).name}: {reason_of(exc)}") from exc
 
 
 def _inferred(inference: ov.InferRequest, feed: Feed) -> Any:
