@@ -31,8 +31,9 @@ MEMORY_BYTES = 256 << 20
 class Predictions:
     """Outputs of a model for every call of a dataset, in its order; large ones lie in a temporary file."""
 
-    def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=MEMORY_BYTES)  # noqa: SIM115
+    def __init__(self, *, memory_bytes: int = MEMORY_BYTES) -> None:
+        self._memory_bytes = memory_bytes
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=memory_bytes)  # noqa: SIM115
         self._calls: list[tuple[tuple[str, str, tuple[int, ...], int], ...]] = []
         self._end = 0
 
@@ -48,6 +49,11 @@ class Predictions:
 
     def __len__(self) -> int:
         return len(self._calls)
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether they have outgrown the memory that is theirs."""
+        return self._end > self._memory_bytes
 
     def __getitem__(self, index: int) -> dict[str, Array]:
         """Output name -> array for one call."""
