@@ -24,12 +24,12 @@ from pathlib import Path
 
 from vinoopt.errors import ToolchainError
 from vinoopt.records import Availability
+from vinoopt.store import cache_folder
 from vinoopt.toolchains.process import PACKAGE_PATH, STDOUT_FILE, child_folder, module_command, run_process
 
 WORKER = "vinoopt.toolchains.npu_worker"
 HARNESS_SOURCE = Path(__file__).with_name("npuh.c")
 COMPILER_FOLDER_VARIABLE = "VINOOPT_NPU_COMPILER_DIR"
-CACHE_VARIABLE = "VINOOPT_CACHE_DIR"
 INSTALL_HINT = "run `vinoopt doctor --install npu`"
 WINE_PACKAGES_HINT = (
     "install wine: `apt-get install --no-install-recommends wine64 wine gcc-mingw-w64-x86-64`"
@@ -85,17 +85,6 @@ class NpuPlaces:
     def installation(self) -> Path:
         """What `npu_setup.prepare` fills for the OpenVINO version that is installed here."""
         return self.cache / "npu" / openvino_version()
-
-
-def cache_folder() -> Path:
-    """The user's cache folder of vinoopt: `VINOOPT_CACHE_DIR`, else where the system keeps caches."""
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA")
-        return Path(base or Path.home() / "AppData" / "Local") / "vinoopt" / "cache"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vinoopt"
 
 
 def openvino_version() -> str:

@@ -21,7 +21,7 @@ ENGINES = {"DPU": "DPU", "Shave": "SHAVE", "DMA": "DMA"}
 SCHEDULER = "(scheduling)"
 """Stands for tasks that belong to no layer: barriers and the fetching of descriptors."""
 
-_HARMLESS_SHAVE = re.compile(r"^builtin_(Convert|Cache\w*)\b")
+_HARMLESS_SHAVE = re.compile(r"^(builtin_Convert\b|cache_)")
 _UNMODELLED = re.compile(r"SHAVE operations are unsupported by VPUNN[^\[]*\[([^\]]*)\]")
 _INVALID_COST = re.compile(r"There are (\d+) tasks with invalid cost")
 _OPERATIONS = re.compile(r"Total number of (FP|INT)Ops: (\d+)")
