@@ -174,7 +174,7 @@ def compile(
     for target, spec in zip(request.targets, devices, strict=True):
         options = _search_options(material, spec, ignored, deadline)
         if any(choice.interrupted for choice in choices):
-            options = replace(options, quantize=False)
+            options = replace(options, quantize=False, prune=False)
         choices.append(_choose_for(material, target, spec, options=options, resume=resume))
     say(Event(stage="write", message=f"writing {place}"))
     return _write(material, choices, place, messages=messages, started=started)
@@ -292,6 +292,10 @@ def _search_options(
             overflow_fix=not has_vnni,
         ),
         quantize=request.quantize and not source.quantized,
+        prune=request.prune and not source.quantized,
+        max_pruning=request.max_pruning,
+        channel_multiple=spec.channel_multiple,
+        seed=request.seed,
         effort=request.effort,
         deadline=deadline,
     )
@@ -312,6 +316,7 @@ def _choose_for(
             calibration=splits.calibration,
             device=target.device,
             store=material.store,
+            ignored=options.base.float_layers,
         ),
         yardstick=yardstick_for(target, spec, reference=material.source.model, samples=samples),
         metric=material.metric,

@@ -11,7 +11,7 @@ import openvino as ov
 
 from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
-from vinoopt.compression.precision import QuantizedPair, with_float_blocks
+from vinoopt.compression.precision import QuantizedPair, find_blocks, with_float_blocks
 from vinoopt.compression.quantize import compress_weights, quantize
 from vinoopt.records import CompressionPlan, Device, GroupWidth, QuantizationPlan
 from vinoopt.store import Store
@@ -36,6 +36,8 @@ class Workshop:
     calibration: Dataset
     device: Device
     store: Store
+    ignored: tuple[str, ...] = ()
+    """Layers that the user wants left alone: float in every plan."""
     prune: Pruner | None = None
     _pruned: OrderedDict[str, ov.Model] = field(default_factory=OrderedDict)
     _pairs: OrderedDict[str, QuantizedPair] = field(default_factory=OrderedDict)
@@ -47,7 +49,8 @@ class Workshop:
         """
         if plan.quantization is not None:
             pair = self.pair(plan.widths, plan.quantization)
-            return with_float_blocks(pair, plan.quantization.float_layers)
+            present = {block.name for block in find_blocks(pair)}  # pruning may have removed a whole branch
+            return with_float_blocks(pair, present & set(plan.quantization.float_layers))
         model = self.pruned(plan.widths)
         if plan.weights is not None:
             return compress_weights(model, plan.weights)
@@ -64,8 +67,8 @@ class Workshop:
         return _kept(self._pruned, key, lambda: self._stored(f"pruned-{key[:24]}", lambda: prune(widths)))
 
     def pair(self, widths: tuple[GroupWidth, ...], recipe: QuantizationPlan) -> QuantizedPair:
-        """The pruned float model and its quantized twin; `recipe.float_layers` is not applied to it."""
-        recipe = serde.replace(recipe, float_layers=())
+        """The pruned float model and its quantized twin; of `recipe.float_layers` only the ignored scope applies."""
+        recipe = serde.replace(recipe, float_layers=self.ignored)
         key = serde.sha256_record(CompressionPlan(widths=widths, quantization=recipe)) + self.device.value
 
         def make() -> QuantizedPair:

@@ -19,6 +19,8 @@ from vinoopt.compression.frontier import FrontierPoint, Option, trace_frontier
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.precision import find_blocks, with_float_blocks
 from vinoopt.compression.sensitivity import block_damages
+from vinoopt.compression.width_search import BlockTables, WidthSearch
+from vinoopt.compression.widths import prepare
 from vinoopt.errors import CompressionError
 from vinoopt.records import (
     CompressionPlan,
@@ -42,7 +44,10 @@ class SearchOptions:
     base: QuantizationPlan
     """NNCF's recipe, with layers that must stay float."""
     quantize: bool = True
-    is_transformer: bool = False
+    prune: bool = True
+    max_pruning: float = 0.5
+    channel_multiple: int = 16
+    seed: int = 0
     effort: str = "balanced"
     deadline: float | None = None
     """In `time.monotonic` seconds."""
@@ -73,6 +78,8 @@ def search(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) 
     run.anchors()
     if options.quantize:
         run.precisions()
+    if options.prune:
+        run.widths()
     return SearchResult(
         trials=tuple(judge.trials),
         damages=run.damages,
@@ -138,6 +145,37 @@ class _Run:
         for _ in range(ROUNDS[self.options.effort] - 1):
             if self._is_late() or not self._correct(whole, blocks):
                 break
+
+    # ------------------------------------------------------------------ widths
+
+    def widths(self) -> None:
+        """Pruned candidates, from the fastest one inside the budget so far."""
+        if self._is_late():
+            return
+        ground = min(self._inside(), key=_latency).plan
+        workshop = self.judge.workshop
+        kit = prepare(
+            workshop.source, workshop.calibration, ignored=workshop.ignored, seed=self.options.seed, say=self.say
+        )
+        if kit is None:
+            self.reasons.append("no group of channels of this model can be removed; see vinoopt inspect")
+            return
+        workshop.prune = kit.thoroughly
+        stage = WidthSearch(
+            self.judge,
+            kit,
+            ground,
+            multiple=self.options.channel_multiple,
+            max_pruning=self.options.max_pruning,
+            deadline=self.options.deadline,
+            say=self.say,
+        )
+        self.reasons += stage.run(BlockTables(damages=self.damages, gains_us=self.gains))
+
+    def _inside(self) -> list[Trial]:
+        return [t for t in self.judge.trials if t.state is TrialState.COMPLETE and t.latency is not None]
+
+    # ------------------------------------------------------------------ parts of the precision search
 
     def _recipe(self) -> QuantizationPlan | None:
         """The quantizer's recipe with the least damage when every block is INT8; None where all fail."""
@@ -266,7 +304,8 @@ class _Run:
                 f"{self.judge.yardstick.target}: {', '.join(slower[:4])}{' ...' if len(slower) > 4 else ''}"
             )
             self._judge_floats(whole, set(slower), "INT8 only where it is faster")
-        if self.options.effort == "fast" or self._is_late():
+        tightest = min(t.drop for t in self._inside() if t.plan.quantization is not None and t.drop is not None)
+        if tightest <= self.judge.budget.max_drop / 2 or self._is_late():
             return
         self.say(f"damage of each of {len(blocks)} blocks, for a candidate with more reserve")
         self._damage_table(whole, blocks)

@@ -1,0 +1,228 @@
+"""Widths of pruning groups as choices of the search: which are offered, what each damages, what it saves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino as ov
+
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.compression.frontier import Option
+from vinoopt.compression.groups import Coupling, find_groups
+from vinoopt.compression.refit import RefitSettings, mean_outputs, refit_local, refit_sequential
+from vinoopt.compression.saliency import Statistics, UnitOrder, collect_statistics, order_units
+from vinoopt.compression.surgery import PrunedModel, apply_pruning
+from vinoopt.records import GroupWidth, PruningGroup
+
+Array = npt.NDArray[Any]
+Sample = Mapping[str, Array]
+
+RATIOS = (0.0, 0.25, 0.5)
+"""Shares removed from every group at once, at which blocks are timed; times between are interpolated."""
+MAX_CALLS = 1000
+"""Calibration calls that statistics and refit use."""
+MAX_BYTES = 512 << 20
+"""Of calibration inputs held in memory for them."""
+MIN_CALLS = 32
+_TINY = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruningKit:
+    """What pruning needs of one model: its groups, statistics of its activations, and the order units leave in."""
+
+    source: ov.Model
+    coupling: Coupling
+    statistics: Statistics
+    orders: Mapping[str, UnitOrder]
+    samples: Sequence[Sample]
+    seed: int
+
+    def cut(self, widths: Sequence[GroupWidth]) -> PrunedModel:
+        """The model with the other units removed; weights as they were."""
+        means = mean_outputs(self.source, self.statistics)
+        return apply_pruning(self.source, self.coupling, widths, means=means)
+
+    def roughly(self, widths: Sequence[GroupWidth]) -> ov.Model:
+        """Removed and refitted from the float model's statistics alone: quick, for damage tables."""
+        return refit_local(self.source, self.cut(widths), self.statistics)
+
+    def thoroughly(self, widths: tuple[GroupWidth, ...]) -> ov.Model:
+        """Removed and refitted layer by layer on the pruned model's own activations."""
+        settings = RefitSettings(seed=self.seed)
+        return refit_sequential(self.source, self.cut(widths), self.samples, settings=settings)
+
+    def widths(self, kept: Mapping[str, int]) -> tuple[GroupWidth, ...]:
+        """The plan that keeps so many units of each group; groups that keep all are left out."""
+        return tuple(
+            GroupWidth(group=group.name, kept=self.orders[group.name].kept(kept[group.name]))
+            for group in self.coupling.groups
+            if kept.get(group.name, group.units) < group.units
+        )
+
+
+def prepare(
+    model: ov.Model,
+    calibration: Dataset,
+    *,
+    ignored: Sequence[str],
+    seed: int,
+    say: Callable[[str], None],
+) -> PruningKit | None:
+    """The kit for `model`, from the calibration part; None where the model has no group to prune."""
+    coupling = find_groups(model, ignored=ignored)
+    if not coupling.groups:
+        return None
+    samples = _held(calibration)
+    readers = sorted({units.name for group in coupling.groups for units in coupling.columns[group.name]})
+    say(f"activations of {len(readers)} layers on {len(samples)} calibration calls")
+    statistics = collect_statistics(model, readers, samples, seed=seed)
+    say(f"importance of the channels of {len(coupling.groups)} groups")
+    orders = order_units(model, coupling, statistics)
+    return PruningKit(
+        source=model,
+        coupling=coupling,
+        statistics=statistics,
+        orders=orders,
+        samples=samples,
+        seed=seed,
+    )
+
+
+def _held(calibration: Dataset) -> list[Sample]:
+    size = sum(array.nbytes for array in calibration[0].values())
+    count = min(len(calibration), MAX_CALLS, max(MAX_BYTES // max(size, 1), MIN_CALLS))
+    return [calibration[index] for index in range(count)]
+
+
+def offered_widths(group: PruningGroup, *, multiple: int, max_pruning: float) -> tuple[int, ...]:
+    """Numbers of units worth keeping, falling, without all of them.
+
+    Steps are the target's channel multiple; a group that holds fewer than four of those is cut in finer steps, so
+    that it has a choice at all. 0 is offered where the whole branch may go.
+    """
+    step = multiple if group.kind == "channels" else 1
+    while step > 1 and group.units < 4 * step:
+        step //= 2
+    least = max(math.ceil(group.units * (1 - max_pruning)), 1)
+    widths = [w for w in range((group.units - 1) // step * step, 0, -step) if w >= least]
+    return (*widths, 0) if group.can_vanish else tuple(widths)
+
+
+# --------------------------------------------------------------------------- damage
+
+
+def width_damages(
+    kit: PruningKit,
+    offers: Mapping[str, Sequence[int]],
+    probe: Callable[[tuple[GroupWidth, ...]], float],
+    *,
+    is_late: Callable[[], bool],
+) -> dict[str, dict[int, float]]:
+    """Group -> width -> output damage of this width alone.
+
+    The model is run at the least and the middle width of every group; between them the damage follows the loss
+    of the readers that the order of units predicts, scaled to meet what was seen. Groups are taken by that
+    prediction, the least harmful first; those that the time does not reach are left out.
+    """
+    damages: dict[str, dict[int, float]] = {}
+    for name in sorted(offers, key=lambda n: kit.orders[n].damage[_middle(offers[n])]):
+        if is_late():
+            break
+        seen = {
+            width: max(probe(kit.widths({name: width})), 0.0)
+            for width in sorted({_middle(offers[name]), *_ends(offers[name])})
+        }
+        damages[name] = _follow(kit.orders[name], offers[name], seen)
+    return damages
+
+
+def _middle(widths: Sequence[int]) -> int:
+    partial = [w for w in widths if w] or list(widths)
+    return partial[len(partial) // 2]
+
+
+def _ends(widths: Sequence[int]) -> set[int]:
+    """The least width, and the least that is not 0."""
+    return {widths[-1], min((w for w in widths if w), default=widths[-1])}
+
+
+def _follow(order: UnitOrder, widths: Sequence[int], seen: Mapping[int, float]) -> dict[int, float]:
+    known = sorted(width for width in seen if width)
+    scales = [math.log((seen[width] + _TINY) / (float(order.damage[width]) + _TINY)) for width in known]
+    result: dict[int, float] = {}
+    for width in widths:
+        if width in seen:
+            result[width] = seen[width]
+        else:
+            scale = math.exp(float(np.interp(width, known, scales)))
+            result[width] = float(order.damage[width]) * scale
+    return result
+
+
+# --------------------------------------------------------------------------- time
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WidthTimes:
+    """Microseconds of every block when it and its neighbours keep a share of their channels."""
+
+    shares: tuple[float, ...]
+    """Kept, falling from 1."""
+    times: Mapping[str, tuple[float, ...]]
+    """Block -> time at each share."""
+
+    def at(self, block: str, share: float) -> float:
+        """Interpolated; below the least share in proportion to it, since less was not timed."""
+        values = self.times.get(block)
+        if values is None:
+            return 0.0
+        if share < self.shares[-1]:
+            return values[-1] * share / self.shares[-1]
+        return float(np.interp(share, self.shares[::-1], values[::-1]))
+
+
+def saved_times(
+    kit: PruningKit, offers: Mapping[str, Iterable[int]], times: WidthTimes
+) -> dict[str, dict[int, float]]:
+    """Group -> width -> microseconds that this width alone saves, over all blocks that read or make its units.
+
+    A block that keeps the share a of its inputs and b of its outputs is taken to cost what it cost when both
+    kept sqrt(a b): the number of its multiplications is the same.
+    """
+    saved: dict[str, dict[int, float]] = {}
+    for name, widths in offers.items():
+        offset, units = kit.coupling.offsets[name], kit.coupling.group(name).units
+        saved[name] = {}
+        for width in widths:
+            kept = np.ones(kit.coupling.units + 1, bool)  # the last one answers for -1, which is no unit
+            kept[offset : offset + units] = False
+            kept[[offset + unit for unit in kit.orders[name].kept(width)]] = True
+            saved[name][width] = sum(
+                times.at(layer.name, 1.0) - times.at(layer.name, _share(kept, layer.columns, layer.rows))
+                for layer in kit.coupling.layers
+            )
+    return saved
+
+
+def _share(kept: Array, columns: Array, rows: Array) -> float:
+    shares = [float(kept[units].mean()) for units in (columns, rows) if units.size]
+    return math.sqrt(math.prod(shares)) if shares else 1.0
+
+
+def width_options(
+    name: str, units: int, damages: Mapping[int, float], saved: Mapping[int, float], *, scale: float
+) -> tuple[Option, ...]:
+    """The options of one group for the frontier: all units, and every offered width. `scale` weighs damage."""
+    return (
+        Option(name=str(units), damage=0.0, time_us=0.0),
+        *(
+            Option(name=str(width), damage=scale * damage, time_us=-saved[width])
+            for width, damage in damages.items()
+        ),
+    )
