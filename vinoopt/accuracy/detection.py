@@ -156,8 +156,9 @@ def box_iou(one: Array, other: Array) -> Array:
 
 def select(found: Detections, *, score_threshold: float, nms_threshold: float | None) -> Detections:
     """Detections above the score threshold, after greedy suppression per class, best first, at most 300."""
-    sound = (found.scores > score_threshold) & np.isfinite(found.boxes).all(axis=1)
-    places = np.flatnonzero(sound)
+    # COCO has no rule of its own for boxes turned inside out: they are none here.
+    is_box = np.isfinite(found.boxes).all(axis=1) & (found.boxes[:, 2:] > found.boxes[:, :2]).all(axis=1)
+    places = np.flatnonzero(is_box & (found.scores > score_threshold))
     places = places[np.argsort(-found.scores[places], kind="stable")][:_MAX_BEFORE_NMS]
     found = found.take(places)
     if nms_threshold is None:
