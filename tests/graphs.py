@@ -514,6 +514,125 @@ GRAPHS: Mapping[str, Callable[[], ov.Model]] = {
 }  # fmt: skip
 
 
+# --------------------------------------------------------------------------- pieces for random graphs
+
+Piece = Callable[[Net, ov.Node], ov.Node]
+
+
+def _activate(net: Net, y: Value) -> ov.Node:
+    return (op.relu, op.sigmoid, op.hswish, op.tanh, op.mish)[int(net.rng.integers(5))](y)
+
+
+def piece_conv(net: Net, y: ov.Node) -> ov.Node:
+    return _activate(net, net.conv(y, int(net.rng.integers(2, 13)), int(net.rng.choice([1, 3]))))
+
+
+def piece_depthwise(net: Net, y: ov.Node) -> ov.Node:
+    channels = channels_of(y)
+    return _activate(net, net.group_conv(y, channels, channels * int(net.rng.integers(1, 3))))
+
+
+def piece_grouped(net: Net, y: ov.Node) -> ov.Node:
+    groups = int(net.rng.choice([2, 3]))
+    y = op.relu(net.conv(y, groups * 4, 1))
+    return net.group_conv(y, groups, groups * int(net.rng.integers(1, 5)))
+
+
+def piece_residual(net: Net, y: ov.Node) -> ov.Node:
+    z = _activate(net, net.conv(y, int(net.rng.integers(2, 9))))
+    return op.add(net.conv(z, channels_of(y), bias=bool(net.rng.integers(2))), y)
+
+
+def piece_dense(net: Net, y: ov.Node) -> ov.Node:
+    return op.concat([y, _activate(net, net.conv(y, int(net.rng.integers(2, 6))))], 1)
+
+
+def piece_branches(net: Net, y: ov.Node) -> ov.Node:
+    return op.add(net.conv(op.relu(net.conv(y, 5)), 6, 1), _activate(net, net.conv(y, 6, 1)))
+
+
+def piece_gate(net: Net, y: ov.Node) -> ov.Node:
+    pooled = op.reduce_mean(y, net.ints(2, 3), True)
+    gate = net.conv(op.relu(net.conv(pooled, 3, 1)), channels_of(y), 1)
+    return op.multiply(y, op.sigmoid(gate))
+
+
+def piece_shuffle(net: Net, y: ov.Node) -> ov.Node:
+    half = int(net.rng.integers(2, 6))
+    side = y.output(0).get_partial_shape()[2].get_length()
+    y = net.conv(y, 2 * half, 1)
+    y = op.transpose(op.reshape(y, net.ints(0, 2, half, side, side), True), net.ints(0, 2, 1, 3, 4))
+    return op.reshape(y, net.ints(0, 2 * half, side, side), True)
+
+
+def piece_split(net: Net, y: ov.Node) -> ov.Node:
+    channels = channels_of(y)
+    first = int(net.rng.integers(1, channels))
+    parts = op.variadic_split(y, op.constant(np.int64(1)), net.ints(first, -1)).outputs()
+    return op.concat([_activate(net, net.conv(parts[0], 4)), parts[1]], 1)
+
+
+def piece_slices(net: Net, y: ov.Node) -> ov.Node:
+    middle = channels_of(y) // 2
+    low = op.slice(y, net.ints(0), net.ints(middle), net.ints(1), net.ints(1))
+    high = op.slice(y, net.ints(middle), net.ints(2**62), net.ints(1), net.ints(-3))
+    return op.concat([op.tanh(high), low, high], 1)
+
+
+def piece_permute(net: Net, y: ov.Node) -> ov.Node:
+    order = net.rng.permutation(channels_of(y)).astype(np.int64)
+    return op.gather(y, op.constant(order), op.constant(np.int64(1)))
+
+
+def piece_widen(net: Net, y: ov.Node) -> ov.Node:
+    """A padded shortcut beside a convolution."""
+    before, after = (int(v) for v in net.rng.integers(0, 4, 2))
+    ends = [net.ints(0, before, 0, 0), net.ints(0, after, 0, 0)]
+    return op.add(
+        op.pad(y, *ends, "constant", op.constant(np.float32(0.5))),
+        net.conv(y, channels_of(y) + before + after),
+    )
+
+
+def piece_pixels(net: Net, y: ov.Node) -> ov.Node:
+    mode = str(net.rng.choice(["blocks_first", "depth_first"]))
+    return op.depth_to_space(op.space_to_depth(net.conv(y, 4), mode, 2), mode, 2)
+
+
+def piece_attention(net: Net, y: ov.Node) -> ov.Node:
+    side = y.output(0).get_partial_shape()[2].get_length()
+    y = net.conv(y, 8, 1)
+    tokens = op.transpose(op.reshape(y, net.ints(0, 8, side * side), True), net.ints(0, 2, 1))
+    tokens = op.add(attention(net, tokens, 2, net.count, fused=bool(net.rng.integers(2))), tokens)
+    return op.reshape(op.transpose(tokens, net.ints(0, 2, 1)), net.ints(0, 8, side, side), True)
+
+
+def piece_norm(net: Net, y: ov.Node) -> ov.Node:
+    return op.prelu(op.mvn(y, net.ints(2, 3), True, 1e-3, "inside_sqrt"), net.const(channels_of(y)))
+
+
+def piece_pool(net: Net, y: ov.Node) -> ov.Node:
+    return op.add(op.avg_pool(y, [1, 1], [1, 1], [1, 1], [3, 3], True), y)
+
+
+PIECES: Mapping[str, Piece] = {
+    name.removeprefix("piece_"): value for name, value in list(globals().items()) if name.startswith("piece_")
+}
+
+
+def random_graph(pieces: Sequence[str], seed: int, *, flat: bool, batch: int) -> ov.Model:
+    """The named pieces one after another, with a head that pools or flattens."""
+    net = Net(seed)
+    x = net.input(batch, 3, 4, 4)
+    y = op.relu(net.conv(x, int(net.rng.integers(3, 9))))
+    for name in pieces:
+        y = PIECES[name](net, y)
+    if flat:
+        y = op.relu(net.dense(op.reshape(y, net.ints(0, -1), True), 6))
+        return model([net.dense(y, 3)], [x])
+    return model([net.head(y)], [x])
+
+
 # --------------------------------------------------------------------------- plans and proof
 
 

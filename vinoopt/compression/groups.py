@@ -140,63 +140,84 @@ class _Member:
 
 
 def _members(trace: Trace, solution: Solution) -> list[_Member]:
-    """Components that touch the same columns, rows and constants, in graph order of their first producer."""
+    """Components that lie in the same places, in graph order of their first producer."""
     places = _places(trace, solution)
-    signatures = _signatures([solution.component[labels[labels >= 0]] for _, _, labels in places])
+    signatures = _signatures(trace, solution, places)
     members: list[_Member] = []
     seen: dict[str, int] = {}
     taken: set[int] = set()
-    for _, is_row, labels in places:
-        if not is_row:
+    for place in places:
+        if not place.is_row:
             continue
-        components = solution.component[labels[labels >= 0]]
-        unique, first = np.unique(components, return_index=True)
-        by_signature: dict[tuple[int, ...], list[int]] = {}
+        unique, first = np.unique(place.components, return_index=True)
+        parts: dict[tuple[int, ...], list[int]] = {}
         for component in unique[np.argsort(first)].tolist():
             if component not in taken:
                 taken.add(component)
-                by_signature.setdefault(signatures[component], []).append(component)
-        for signature, found in by_signature.items():
-            member = _member(found, [places[i] for i in signature], (trace, solution))
-            seen[member.name] = seen.get(member.name, 0) + 1
-            number = seen[member.name]
+                parts.setdefault(signatures[component], []).append(component)
+        for signature, found in parts.items():
+            member = _member(found, [places[i] for i in signature if i < len(places)], (trace, solution))
+            number = seen[member.name] = seen.get(member.name, 0) + 1
             members.append(
                 dataclasses.replace(member, name=f"{member.name}#{number}") if number > 1 else member
             )
     return members
 
 
-def _places(trace: Trace, solution: Solution) -> list[tuple[str, bool | None, Labels]]:
-    """(layer, whether these are its rows, labels); constants that are not weights have None."""
-    places: list[tuple[str, bool | None, Labels]] = []
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Place:
+    """The columns or the rows of a layer."""
+
+    layer: str
+    is_row: bool
+    labels: Labels
+    components: Labels
+    """Of the labels that are not frozen from birth; other frozen ones included."""
+
+
+def _places(trace: Trace, solution: Solution) -> list[_Place]:
+    found = []
     for contraction in trace.contractions:
         if solution.reads(contraction):
-            places.append((contraction.name, False, contraction.columns))
-        places.append((contraction.name, True, contraction.rows))
-    places += [(name, True, labels) for name, labels in trace.embeddings if labels is not None]
-    return places
+            found.append((contraction.name, False, contraction.columns))
+        found.append((contraction.name, True, contraction.rows))
+    found += [(name, True, labels) for name, labels in trace.embeddings if labels is not None]
+    return [
+        _Place(layer=name, is_row=is_row, labels=labels, components=solution.component[labels[labels >= 0]])
+        for name, is_row, labels in found
+    ]
 
 
-def _signatures(places: Sequence[Labels]) -> dict[int, tuple[int, ...]]:
-    """Per component the numbers of the places it lies in."""
+def _signatures(trace: Trace, solution: Solution, places: Sequence[_Place]) -> dict[int, tuple[int, ...]]:
+    """Per component the numbers of the places it lies in; of free ones also the tensor dimensions.
+
+    With the tensors among the places, a dimension holds all units of a group or none: it becomes empty only
+    where whole groups go.
+    """
     found: dict[int, list[int]] = {}
-    for number, components in enumerate(places):
-        for component in np.unique(components).tolist():
+    for number, place in enumerate(places):
+        for component in np.unique(place.components).tolist():
             found.setdefault(component, []).append(number)
+    arrays = {
+        id(labels): labels for dims in trace.tensors.values() for labels in dims or () if labels is not None
+    }
+    for number, labels in enumerate(arrays.values(), start=len(places)):
+        components = solution.components_of(labels)
+        for component in np.unique(components[components >= 0]).tolist():
+            if component in found:
+                found[component].append(number)
     return {component: tuple(numbers) for component, numbers in found.items()}
 
 
-def _member(
-    components: list[int], places: Sequence[tuple[str, bool | None, Labels]], found: tuple[Trace, Solution]
-) -> _Member:
+def _member(components: list[int], places: Sequence[_Place], found: tuple[Trace, Solution]) -> _Member:
     trace, solution = found
     reason_index = int(solution.reason[components[0]])
     reason = trace.reasons[reason_index] if reason_index >= 0 else ""
-    consumers = tuple(dict.fromkeys(name for name, is_row, _ in places if not is_row))
-    producers = tuple(dict.fromkeys(name for name, is_row, _ in places if is_row))
+    consumers = tuple(dict.fromkeys(place.layer for place in places if not place.is_row))
+    producers = tuple(dict.fromkeys(place.layer for place in places if place.is_row))
     if not reason and not consumers:
         reason = "no layer with a constant weight reads it"
-    rows = solution.components_of(next(labels for _, is_row, labels in places if is_row))
+    rows = solution.components_of(next(place.labels for place in places if place.is_row))
     return _Member(
         name=producers[0],
         components=np.asarray(components, np.int64),
@@ -211,7 +232,7 @@ def _kind(component: int, rows: Labels, found: tuple[Trace, Solution]) -> str:
     """Groups of a grouped convolution go whole, and so do heads: neighbouring rows that a reshape parts."""
     trace, solution = found
     where = np.flatnonzero(rows == component)
-    if where.size < 2 or (np.diff(where) != 1).any():
+    if (np.diff(where) == 1).sum() * 2 < max(where.size, 2):
         return "channels"
     for site in trace.sites:
         choice = solution.chosen.get(site.key)

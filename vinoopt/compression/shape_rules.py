@@ -202,7 +202,10 @@ def squeeze(trace: Trace, node: ov.Node) -> None:
     if axes is None:
         axes = [axis for axis, labels in enumerate(dims) if labels is not None and labels.size == 1]
     axes = [axis % len(dims) for axis in axes]
-    # Axes of another size than 1 are left alone by newer versions of the operator.
+    # Newer versions leave axes of another size than 1 alone; such an axis must not shrink to 1.
+    for axis in axes:
+        if _longer(dims[axis]):
+            trace.freeze(dims[axis], f"'{node.get_friendly_name()}' would remove it at size 1")
     axes = [axis for axis in axes if not _longer(dims[axis])]
     if len(dims) - len(axes) != rank.get_length():
         trace.freeze_node(node, "the axes it removes are not known")
@@ -422,9 +425,9 @@ def broadcast_to(trace: Trace, node: ov.Node) -> None:
     result: list[Labels | None] = []
     for position, size in enumerate(shape):
         labels = dims[position - lead] if position >= lead else None
-        if size is None:
+        if size is None or (position >= lead and labels is None):
             trace.freeze(labels, why)
-            result.append(None)
+            result.append(None if size is None else trace.fixed(size, why))
         elif labels is not None and labels.size == size:
             result.append(labels)
         else:
@@ -457,10 +460,10 @@ def interpolate(trace: Trace, node: ov.Node) -> None:
         return
     why, result = f"'{node.get_friendly_name()}' resizes it", list(dims)
     shifts = "tf_half_pixel" in str(attributes["coordinate_transformation_mode"]).lower()
-    constant = integers(node, 1) is not None
+    keeps_size = integers(node, 1) is not None or str(attributes["shape_calculation_mode"]).lower() == "sizes"
     for axis in (axis % len(dims) for axis in axes):
         labels, size = dims[axis], shape[axis]
-        if labels is not None and size == labels.size and not shifts and constant:
+        if labels is not None and size == labels.size and not shifts and keeps_size:
             continue
         trace.freeze(labels, why)
         result[axis] = None if size is None else trace.fixed(size, why)

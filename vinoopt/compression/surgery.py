@@ -17,7 +17,7 @@ from vinoopt.compression.vanishing import Vanished, Wiring, find_vanished
 from vinoopt.errors import CompressionError, PlanError
 from vinoopt.records import GroupWidth
 
-REPLACED = frozenset({"Concat", "Constant", "ShapeOf", "Split", "Squeeze"})
+REPLACED = frozenset({"Concat", "Constant", "ShapeOf", "Split", "Squeeze", "VariadicSplit"})
 """Operators that surgery may put a new node in the place of."""
 
 REFERENCE_PROPERTIES = {
@@ -251,16 +251,17 @@ class _Cutter:
         for index, node in enumerate(self.wiring.ops):
             if index not in self.vanished.live:
                 continue
+            in_place = False
             if index in constant:
                 self._make_constant(node, layers[index], means)
             elif index in dropped:
                 _drop_inputs(node, dropped[index])
             elif node.get_type_name() == "Constant":
                 self._cut_constant(node, index)
-            elif node.get_type_name() in REWRITES:
-                self._rewrite(node, index)
-            if any(output.get_target_inputs() for output in node.outputs()):
-                # Still in its place. What is rewritten next is checked against the new shapes, not the old ones.
+            else:
+                in_place = self._rewrite(node, index)
+            if in_place:
+                # What is rewritten next is checked against the new shapes, not the old ones.
                 node.validate_and_infer_types()
 
     def masks(self, key: tuple[int, int]) -> MaskDims:
@@ -281,13 +282,14 @@ class _Cutter:
                 data = np.compress(mask, data, axis=axis)
         replace_node(node, opset.constant(np.ascontiguousarray(data), dtype=node.get_element_type()))
 
-    def _rewrite(self, node: ov.Node, index: int) -> None:
+    def _rewrite(self, node: ov.Node, index: int) -> bool:
+        """Whether the operator is still in its place."""
+        rewrite = REWRITES.get(node.get_type_name())
         inputs = tuple(self.masks(source) for source in self.wiring.sources[index])
         outputs = tuple(self.masks((index, port)) for port in range(node.get_output_size()))
-        if any(inputs) or any(outputs):
-            REWRITES[node.get_type_name()](
-                Cut(node=node, inputs=inputs, outputs=outputs, in_shape=self.in_shapes[index])
-            )
+        if rewrite is None or not (any(inputs) or any(outputs)):
+            return True
+        return rewrite(Cut(node=node, inputs=inputs, outputs=outputs, in_shape=self.in_shapes[index]))
 
     def _make_constant(self, node: ov.Node, layer: Layer, means: Mapping[str, ArrayLike]) -> None:
         mean = np.zeros(layer.rows.size) if layer.name not in means else np.asarray(means[layer.name])
