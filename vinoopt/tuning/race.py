@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Protocol
 
 import openvino as ov
 
-from vinoopt import serde
-from vinoopt.bench import BenchResult, Contestant, MeasureConfig, MeasureMode, Sample, measure
+from vinoopt import bench, serde
+from vinoopt.bench import BenchResult, Contestant, MeasureConfig, MeasureMode, Sample
 from vinoopt.errors import DeviceError, InputError
 from vinoopt.records import DeviceSpec, Measurement, RuntimeProperties
 from vinoopt.tuning.parity import Outputs, Parity, departure, parity, run_all
@@ -30,6 +31,15 @@ LEADERS = 3
 PARITY_SAMPLES = 64
 DEFAULT = "default"
 NOTHING = RuntimeProperties()
+
+
+class Measure(Protocol):
+    """`bench.measure`, or what stands in for it."""
+
+    def __call__(
+        self, contestants: Sequence[Contestant], samples: Sequence[Sample], *, config: MeasureConfig
+    ) -> BenchResult:
+        """Measurements in the order of the contestants."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -51,6 +61,7 @@ def tune(
     config: TuneConfig | None = None,
     journal: Path | None = None,
     progress: Callable[[SettingTrial], None] | None = None,
+    measure: Measure = bench.measure,
 ) -> TuneResult:
     """The runtime properties that serve the goal best on this machine, with the evidence.
 
@@ -67,7 +78,7 @@ def tune(
     if not task.samples:
         raise InputError("tuning needs samples to run on")
     kept = Journal.open(journal, _key(task, config))
-    race = _Race(task=task, config=config, journal=kept, progress=progress)
+    race = _Race(task=task, config=config, journal=kept, progress=progress, measure=measure)
     leaders = race.heats([each for each in _single_settings(task, config) if not race.is_default(each)])
     leaders += race.heats(list(_combined(leaders[:LEADERS])))
     leaders.sort(key=lambda each: each.gain, reverse=True)
@@ -99,7 +110,9 @@ class _Race:
         config: TuneConfig,
         journal: Journal,
         progress: Callable[[SettingTrial], None] | None,
+        measure: Measure,
     ) -> None:
+        self.measure = measure
         self.task, self.config, self.journal, self.progress = task, config, journal, progress
         self.trials: list[SettingTrial] = []
         self.warnings: list[str] = []
@@ -135,6 +148,7 @@ class _Race:
     def finish(self, leaders: Sequence[_Leader]) -> TuneResult:
         """The best leader of a final against the default, in rounds that chose nothing yet."""
         finalists = [self._entrant(each.trial) for each in leaders[:LEADERS]]
+        self.default = self._compile(NOTHING)  # as fresh as its rivals
         best = self._final(finalists)
         duel = self._measure([best] if best else [], DUEL_ROUNDS)
         state, reason = self._verdict(duel) if best else (SettingState.LEADER, "")
@@ -233,7 +247,7 @@ class _Race:
             warmup_ms=2 * self.config.turn_ms,
             seed=self.config.seed,
         )
-        return measure(contestants, self.task.samples, config=config)
+        return self.measure(contestants, self.task.samples, config=config)
 
     def _trial(
         self, entrant: _Entrant, state: SettingState, reason: str, result: BenchResult

@@ -1,0 +1,375 @@
+"""Tuning: the space of settings, the parity gate, the race and its journal, on a real device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openvino import opset13 as ops
+
+from vinoopt.bench import BenchResult, Contestant, MeasureConfig, Sample
+from vinoopt.errors import DeviceError, InputError
+from vinoopt.records import Device, DeviceSpec, Evidence, Measurement, Precision, RuntimeProperties
+from vinoopt.tuning import (
+    Goal,
+    Parity,
+    SettingState,
+    SettingTrial,
+    TuneConfig,
+    TuneResult,
+    TuneTask,
+    axes,
+    tune,
+)
+from vinoopt.tuning.parity import departure, parity
+from vinoopt.tuning.race import _word
+from vinoopt.tuning.settings import _ladder
+from vinoopt.tuning.trials import FINAL_STATES, Journal
+
+
+def _model(seed: int = 0, *, offset: float = 0.0) -> ov.Model:
+    """Two matrix products: 64 values to scores of 10 classes.
+
+    `offset` is added between them and taken away after: where it is large, half precision loses the signal.
+    """
+    rng = np.random.default_rng(seed)
+    x = ops.parameter([1, 64], np.float32, name="x")
+    x.output(0).tensor.set_names({"x"})
+    first = ops.matmul(x, rng.normal(size=(64, 64)).astype(np.float32), False, False)
+    hidden = ops.relu(ops.add(first, np.full((1, 64), offset, np.float32)))
+    weights = rng.normal(size=(64, 10)).astype(np.float32)
+    second = ops.matmul(hidden, weights, False, False)
+    scores = ops.subtract(second, offset * weights.sum(0, keepdims=True))
+    return ov.Model([scores], [x], "scores")
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    rng = np.random.default_rng(1)
+    return [{"x": rng.normal(size=(1, 64)).astype(np.float32)} for _ in range(20)]
+
+
+def _spec(**tuning: tuple[str, ...]) -> DeviceSpec:
+    return DeviceSpec(
+        kind=Device.CPU,
+        name="test",
+        architecture="test",
+        precisions=(Precision.F32,),
+        channel_multiple=16,
+        tuning=tuning,
+    )
+
+
+# --------------------------------------------------------------------------- space
+
+
+def test_the_space_holds_what_the_device_lets_us_write() -> None:
+    core = ov.Core()
+    writable = {k for k, access in core.get_property("CPU", "SUPPORTED_PROPERTIES").items() if access == "RW"}
+    space = axes("CPU", is_stream=True)
+    assert set(space) <= writable
+    assert {"NUM_STREAMS", "INFERENCE_NUM_THREADS", "INFERENCE_PRECISION_HINT"} <= set(space)
+    assert "NUM_STREAMS" not in axes("CPU", is_stream=False)
+
+
+def test_every_value_of_the_space_compiles() -> None:
+    core, model = ov.Core(), _model()
+    for key, values in axes("CPU", is_stream=True).items():
+        for value in values:
+            core.compile_model(model, "CPU", {key: value})
+
+
+def test_the_profile_adds_values_but_no_property_the_device_lacks() -> None:
+    spec = _spec(INFERENCE_NUM_THREADS=("1",), SCHEDULING_CORE_TYPE=("ANY_CORE",), NPU_TILES=("2",))
+    space = axes("CPU", spec, is_stream=False)
+    assert space["INFERENCE_NUM_THREADS"] == ("1",)
+    assert space["SCHEDULING_CORE_TYPE"] == ("ANY_CORE",)
+    assert "NPU_TILES" not in space
+
+
+def test_an_absent_device_is_named() -> None:
+    with pytest.raises(DeviceError, match="NOSUCH does not answer"):
+        axes("NOSUCH", is_stream=False)
+
+
+@given(st.integers(1, 8), st.integers(0, 300))
+def test_ladders_climb_from_end_to_end(low: int, more: int) -> None:
+    steps = _ladder(low, low + more)
+    assert (steps[0], steps[-1]) == (low, low + more)
+    assert steps == sorted(set(steps))
+    assert len(steps) <= 5
+
+
+def test_values_read_back_as_they_are_written() -> None:
+    properties = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": "1",
+        "ENABLE_CPU_PINNING": "NO",
+        "PERFORMANCE_HINT": "THROUGHPUT",
+    }
+    compiled = ov.Core().compile_model(_model(), "CPU", properties)
+    assert {key: _word(compiled.get_property(key)) for key in properties} == properties
+
+
+# --------------------------------------------------------------------------- parity gate
+
+
+def _scores(rows: list[list[float]]) -> list[list[np.ndarray]]:
+    return [[np.array([row], np.float32)] for row in rows]
+
+
+def test_parity_counts_cosine_and_agreement() -> None:
+    expected = _scores([[1, 0], [0, 1]])
+    same = parity(expected, expected)
+    assert same.cosine[0] == pytest.approx(1)
+    assert same.agreement == 1
+    found = parity(_scores([[1, 0], [1, 0]]), expected)
+    assert found.cosine[0] == pytest.approx(0.5)
+    assert found.agreement == 0.5
+
+
+def test_outputs_without_classes_have_no_agreement() -> None:
+    image = [[np.ones((1, 2, 4, 4), np.float32)]]
+    assert parity(image, image).agreement is None
+
+
+@pytest.mark.parametrize("bad", [[[np.nan, 1.0]], [[np.inf, 1.0]]])
+def test_what_is_not_finite_departs(bad: list[list[float]]) -> None:
+    found = parity(_scores(bad), _scores([[1.0, 1.0]]))
+    assert "cosine" in departure(found, min_cosine=-1, min_agreement=0, default=None)
+
+
+def test_departures_carry_figures() -> None:
+    found = Parity(cosine=(0.98, 1.0), agreement=0.9)
+    reason = departure(found, min_cosine=0.99, min_agreement=0.95, default=None)
+    assert reason == (
+        "output 0 has cosine 0.980000, below 0.990000; the top class agrees on 90.0% of samples, below 95.0%"
+    )
+
+
+def test_the_default_sets_the_demand_where_it_falls_short() -> None:
+    default = Parity(cosine=(0.98,), agreement=0.9)
+    same = {"min_cosine": 0.999, "min_agreement": 0.99, "default": default}
+    assert departure(default, **same) == ""
+    assert "cosine" in departure(Parity(cosine=(0.97,), agreement=0.9), **same)
+    assert "top class" in departure(Parity(cosine=(0.98,), agreement=0.8), **same)
+
+
+# --------------------------------------------------------------------------- the race
+
+
+def _only(**tuning: tuple[str, ...]) -> DeviceSpec:
+    """A profile that leaves nothing to tune but these."""
+    return _spec(**{**dict.fromkeys(axes("CPU", is_stream=True), ()), **tuning})
+
+
+class FakeBench:
+    """Gives every contestant the speed that the table says for its setting."""
+
+    def __init__(self, speeds: dict[str, float], p90_ms: dict[str, float] | None = None) -> None:
+        self.speeds, self.p90_ms, self.seen = speeds, p90_ms or {}, list[tuple[str, ...]]()
+
+    def __call__(
+        self, contestants: Sequence[Contestant], samples: Sequence[Sample], *, config: MeasureConfig
+    ) -> BenchResult:
+        self.seen.append(tuple(each.name for each in contestants))
+        rng = np.random.default_rng(len(self.seen))
+        measurements = []
+        for each in contestants:
+            times = np.exp(rng.normal(0, 0.01, config.rounds)) / self.speeds.get(each.name, 1.0)
+            measurements.append(
+                Measurement(
+                    name=each.name,
+                    device="CPU",
+                    evidence=Evidence.MEASURED,
+                    latency_p50_ms=float(np.median(times)),
+                    latency_p90_ms=self.p90_ms.get(each.name, 1.0),
+                    rounds_ms=tuple(map(float, times)),
+                )
+            )
+        return BenchResult(mode=config.mode, measurements=tuple(measurements))
+
+
+THREADS, PINNING, STREAMS = "INFERENCE_NUM_THREADS=1", "ENABLE_CPU_PINNING=NO", "NUM_STREAMS=1"
+THREE = _only(INFERENCE_NUM_THREADS=("1",), ENABLE_CPU_PINNING=("NO",), NUM_STREAMS=("1",))
+STREAM = TuneConfig(goal=Goal.THROUGHPUT)
+
+
+def _states(result: TuneResult) -> dict[str, SettingState]:
+    return {" ".join(f"{k}={v}" for k, v in t.properties.items): t.state for t in result.trials}
+
+
+def test_a_tie_leaves_the_default(samples: list[Sample]) -> None:
+    task = TuneTask(model=_model(), samples=samples, spec=THREE)
+    result = tune(task, config=STREAM, measure=FakeBench({THREADS: 1.003, PINNING: 0.9, STREAMS: 0.8}))
+    assert result.is_default
+    assert result.properties.as_dict() == {"PERFORMANCE_HINT": "THROUGHPUT"}
+    assert result.chosen.state is SettingState.CHOSEN
+    assert _states(result)[PINNING] is SettingState.DROPPED
+
+
+def test_a_significant_gain_displaces_the_default(samples: list[Sample]) -> None:
+    task = TuneTask(model=_model(), samples=samples, spec=THREE)
+    fake = FakeBench({THREADS: 1.2, PINNING: 0.9, STREAMS: 0.8})
+    result = tune(task, config=STREAM, measure=fake)
+    assert result.properties.as_dict() == {"INFERENCE_NUM_THREADS": "1", "PERFORMANCE_HINT": "THROUGHPUT"}
+    assert result.comparison is not None and result.comparison.low > 1.1
+    assert _states(result)[""] is SettingState.LEADER
+    assert all("default" in seen for seen in fake.seen)
+    assert fake.seen[-1] == ("default", THREADS)
+
+
+def test_leaders_are_combined(samples: list[Sample]) -> None:
+    both = f"{PINNING} {THREADS}"
+    task = TuneTask(model=_model(), samples=samples, spec=THREE)
+    result = tune(
+        task, config=STREAM, measure=FakeBench({THREADS: 1.1, PINNING: 1.1, STREAMS: 0.8, both: 1.3})
+    )
+    assert result.chosen.properties.as_dict() == {"ENABLE_CPU_PINNING": "NO", "INFERENCE_NUM_THREADS": "1"}
+
+
+def test_a_limit_on_latency_excludes_faster_settings(samples: list[Sample]) -> None:
+    task = TuneTask(model=_model(), samples=samples, spec=THREE)
+    config = TuneConfig(goal=Goal.THROUGHPUT, latency_limit_ms=2.0)
+    fake = FakeBench({THREADS: 1.5, PINNING: 1.2, STREAMS: 0.8}, {THREADS: 3.0, f"{PINNING} {THREADS}": 3.0})
+    result = tune(task, config=config, measure=fake)
+    assert result.chosen.properties.as_dict() == {"ENABLE_CPU_PINNING": "NO"}
+    assert _states(result)[THREADS] is SettingState.OVER_LIMIT
+
+
+def test_a_slower_setting_wins_where_the_default_breaks_the_limit(samples: list[Sample]) -> None:
+    task = TuneTask(model=_model(), samples=samples, spec=THREE)
+    config = TuneConfig(goal=Goal.THROUGHPUT, latency_limit_ms=2.0)
+    late = {"default": 9.0, THREADS: 9.0, PINNING: 9.0, f"{PINNING} {THREADS}": 9.0}
+    result = tune(task, config=config, measure=FakeBench({STREAMS: 0.8}, late))
+    assert result.chosen.properties.as_dict() == {"NUM_STREAMS": "1"}
+
+    nobody = tune(task, config=config, measure=FakeBench({}, {**late, STREAMS: 9.0}))
+    assert nobody.is_default
+    assert any("no setting keeps the latency limit of 2 ms" in each for each in nobody.warnings)
+
+
+def test_what_the_device_does_not_take_is_a_failed_trial(samples: list[Sample]) -> None:
+    task = TuneTask(model=_model(), samples=samples, spec=_only(NUM_STREAMS=("many",)))
+    result = tune(task, config=STREAM, measure=FakeBench({}))
+    assert _states(result)["NUM_STREAMS=many"] is SettingState.FAILED
+    assert "CPU does not take" in result.trials[0].reason
+
+
+def test_half_precision_is_refused_where_it_changes_the_answer(samples: list[Sample]) -> None:
+    if "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bf16 arithmetic")
+    base = RuntimeProperties.of({"EXECUTION_MODE_HINT": "ACCURACY"})  # the default then computes in f32
+    spec = _only(INFERENCE_PRECISION_HINT=("bf16",))
+    task = TuneTask(model=_model(offset=2000), samples=samples, spec=spec)
+    config = TuneConfig(base=base)
+    result = tune(task, config=config, measure=FakeBench({"INFERENCE_PRECISION_HINT=bf16": 9.0}))
+    refused = result.trials[0]
+    assert refused.state is SettingState.REFUSED
+    assert refused.measurement is None
+    assert refused.parity is not None and refused.parity.cosine[0] < 0.999
+    assert f"output 0 has cosine {refused.parity.cosine[0]:.6f}, below 0.999000" in refused.reason
+    assert result.is_default
+
+
+def test_a_reference_that_differs_is_reported(samples: list[Sample]) -> None:
+    task = TuneTask(model=_model(0), reference=_model(1), samples=samples, spec=_only())
+    result = tune(task, measure=FakeBench({}))
+    assert "the default setting itself departs from the float reference" in result.warnings[0]
+
+
+def test_the_base_is_kept_and_not_tuned(samples: list[Sample]) -> None:
+    base = RuntimeProperties.of({"INFERENCE_NUM_THREADS": "1"})
+    task = TuneTask(model=_model(), samples=samples, spec=THREE)
+    fake = FakeBench({PINNING: 1.5})
+    result = tune(task, config=TuneConfig(goal=Goal.THROUGHPUT, base=base), measure=fake)
+    assert result.properties.as_dict()["INFERENCE_NUM_THREADS"] == "1"
+    assert not any(THREADS in name for seen in fake.seen for name in seen)
+
+
+def test_unusable_requests_are_refused(samples: list[Sample]) -> None:
+    with pytest.raises(InputError, match="belongs to the goal throughput"):
+        tune(TuneTask(model=_model(), samples=samples), config=TuneConfig(latency_limit_ms=1))
+    with pytest.raises(InputError, match="needs samples"):
+        tune(TuneTask(model=_model(), samples=[]))
+    with pytest.raises(DeviceError, match="NOSUCH"):
+        tune(TuneTask(model=_model(), samples=samples, device="NOSUCH"))
+
+
+def test_a_race_on_the_real_device(samples: list[Sample], tmp_path: Path) -> None:
+    journal = tmp_path / "tune.jsonl"
+    config = TuneConfig(turn_ms=0.5)
+    task = TuneTask(model=_model(), samples=samples)
+    seen: list[SettingTrial] = []
+    result = tune(task, config=config, journal=journal, progress=seen.append)
+
+    ov.Core().compile_model(task.model, "CPU", result.properties.as_dict())
+    assert result.trials == tuple(seen)
+    assert result.chosen.state is SettingState.CHOSEN
+    assert all(each.reason for each in seen if each.state is not SettingState.CHOSEN)
+    assert len(journal.read_text().splitlines()) == len(seen)
+
+
+# --------------------------------------------------------------------------- journal
+
+
+def test_settings_that_left_the_race_are_not_tried_again(samples: list[Sample], tmp_path: Path) -> None:
+    journal = tmp_path / "tune.jsonl"
+    task = TuneTask(model=_model(), samples=samples, spec=THREE)
+    speeds = {THREADS: 1.2, PINNING: 0.9, STREAMS: 0.8}
+    first, second, other = FakeBench(speeds), FakeBench(speeds), FakeBench(speeds)
+    before = tune(task, config=STREAM, journal=journal, measure=first)
+    after = tune(task, config=STREAM, journal=journal, measure=second)
+    tune(
+        TuneTask(model=_model(1), samples=samples, spec=THREE), config=STREAM, journal=journal, measure=other
+    )
+
+    assert after.properties == before.properties
+    assert _states(after) == _states(before)
+    assert any(PINNING in name for seen in first.seen for name in seen)
+    assert not any(PINNING in name for seen in second.seen for name in seen)
+    assert any(PINNING in name for seen in other.seen for name in seen)
+
+
+def test_the_time_limit_leaves_settings_untried(samples: list[Sample], tmp_path: Path) -> None:
+    journal = tmp_path / "tune.jsonl"
+    task = TuneTask(model=_model(), samples=samples, spec=THREE)
+    hurried = TuneConfig(goal=Goal.THROUGHPUT, seconds=1e-6)
+    result = tune(task, config=hurried, journal=journal, measure=FakeBench({}))
+    assert _states(result)[THREADS] is SettingState.NOT_TRIED
+    resumed = FakeBench({THREADS: 1.5})
+    assert not tune(task, config=STREAM, journal=journal, measure=resumed).is_default
+
+
+def test_a_cut_off_line_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "tune.jsonl"
+    trial = SettingTrial(
+        properties=RuntimeProperties.of({"A": "1"}), state=SettingState.DROPPED, reason="slow"
+    )
+    Journal.open(path, "k").write([trial])
+    with path.open("a") as stream:
+        stream.write('{"key": "k", "tri')
+    assert Journal.open(path, "k").closed == {trial.properties: trial}
+    Journal.open(path, "k").write([trial])
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["k", "k"]
+
+
+@pytest.mark.parametrize("line", ["hello", "[1]", '{"key": "k"}'])
+def test_a_file_that_is_no_journal_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(f"{line}\n")
+    with pytest.raises(InputError, match=r"notes.txt:1: not a line of a tuning journal"):
+        Journal.open(path, "k")
+
+
+@pytest.mark.parametrize("state", [s for s in SettingState if s not in FINAL_STATES])
+def test_leaders_race_again(tmp_path: Path, state: SettingState) -> None:
+    path = tmp_path / "tune.jsonl"
+    Journal.open(path, "k").write([SettingTrial(properties=RuntimeProperties(), state=state)])
+    assert Journal.open(path, "k").closed == {}
