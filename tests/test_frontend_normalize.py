@@ -248,6 +248,26 @@ def test_local_functions_are_inlined(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(source.model, np.array([1, -1, 2, -2], np.float32))[0], [4, -1, 8, -2])
 
 
+def test_operators_that_openvino_lacks_are_written_out_in_simpler_ones(tmp_path: Path) -> None:
+    proto = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[2,3] x, int64[2] t) => (float l)'
+        ' { l = NegativeLogLikelihoodLoss<reduction = "sum">(x, t) }'
+    )
+    x, t = np.array([[0.5, 1, 2], [3, 4, 5]], np.float32), np.array([2, 0])
+    np.testing.assert_allclose(run(load_model(save(tmp_path, proto)).model, x, t)[0], -5.0)
+
+
+def test_an_input_without_elements_stays_an_input(tmp_path: Path) -> None:
+    path = save(
+        tmp_path,
+        "(float[4] x, float16[0] like, float[4] z) => (float16[4] y) { s = Add(x, z) y = CastLike(s, like) }",
+    )
+    source = load_model(path)
+    assert [(spec.name, spec.shape) for spec in source.inputs] == [("x", (4,)), ("like", (0,)), ("z", (4,))]
+    report = check_parity(source, random_samples(source, 1))
+    assert report.ok, report.reason
+
+
 def test_sparse_weights_become_dense(tmp_path: Path) -> None:
     values = helper.make_tensor("w", TensorProto.FLOAT, [2], [5.0, 6.0])
     places = helper.make_tensor("i", TensorProto.INT64, [2, 2], [0, 1, 1, 0])
@@ -301,6 +321,19 @@ def attention(*, scale: bool, norm: bool, both_active: bool = True) -> str:
 @pytest.mark.parametrize("scale", [True, False])
 def test_transformers_are_recognised_by_their_graph(tmp_path: Path, scale: bool) -> None:
     assert load_model(save(tmp_path, attention(scale=scale, norm=True))).is_transformer
+
+
+def test_attention_that_is_not_fused_is_recognised_by_its_softmax(tmp_path: Path) -> None:
+    text = (
+        attention(scale=True, norm=True)
+        .replace("a = Softmax", "t = Clip(q, n, m) a = Softmax")
+        .replace(">(q)", ">(t)")
+    )
+    source = load_model(
+        save(tmp_path, text.replace("<float s", "<float n = {-9.0}, float m = {9.0}, float s"))
+    )
+    assert "ScaledDotProductAttention" not in kinds(source.model)
+    assert source.is_transformer
 
 
 def test_softmax_between_other_things_is_no_transformer(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ class TensorSpec(Record):
 
     name: str
     shape: tuple[int | str, ...]
-    """A size, `"?"` for any, or `"1..8"` for bounds."""
+    """A size, `"?"` for any, or `"1..8"` for bounds; `("...",)` where not even the rank is known."""
     dtype: str
     """numpy's name, as `float32`."""
     layout: str | None = None

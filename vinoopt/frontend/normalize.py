@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openvino as ov
+from onnx import ModelProto
 from onnx.defs import onnx_opset_version
 from openvino import opset13 as ops
 from openvino._offline_transformations import apply_moc_transformations
@@ -22,7 +23,7 @@ from vinoopt.frontend import preprocess as images
 from vinoopt.frontend import refusal, shapes
 from vinoopt.frontend.load import OnnxFile, load_onnx, names_in, read_proto
 from vinoopt.frontend.names import assign_names, bodies
-from vinoopt.frontend.rewrite import rewritten
+from vinoopt.frontend.rewrite import expandable, rewritten
 from vinoopt.records import Device, PreprocessSpec, TensorSpec
 
 OLDEST_TESTED_OPSET = 7
@@ -33,6 +34,9 @@ _NUMPY_NAMES = {
     ov.Type.bf16: "bfloat16",
     ov.Type.f64: "float64",
     ov.Type.boolean: "bool",
+    ov.Type.f8e4m3: "float8_e4m3fn",
+    ov.Type.f8e5m2: "float8_e5m2",
+    ov.Type.f4e2m1: "float4_e2m1fn",
     **{getattr(ov.Type, f"i{bits}"): f"int{bits}" for bits in (4, 8, 16, 32, 64)},
     **{getattr(ov.Type, f"u{bits}"): f"uint{bits}" for bits in (4, 8, 16, 32, 64)},
 }
@@ -136,22 +140,50 @@ def require_static(source: SourceModel, device: Device) -> None:
 
 
 def _read(onnx: OnnxFile) -> tuple[ov.Model, frozenset[str]]:
-    """The graph, its weights mapped from disk, and the names in it: the one place where OpenVINO reads it."""
+    """The graph, its weights mapped from disk where the file is read as it is, and the names in it."""
     proto = rewritten(onnx)
     try:
-        model = ov.Core().read_model(str(onnx.path) if proto is None else proto.SerializeToString())
+        model = _parse(onnx, proto)
     except RuntimeError as exc:
-        proto = proto or read_proto(onnx.path)
-        raise refusal.explain(onnx.path, proto, reason=str(exc), complaint=onnx.complaint) from exc
-    names = onnx.names if proto is None else names_in(proto)
-    if onnx.complaint and (_AMBIGUOUS in onnx.complaint or len(model.inputs) != len(onnx.inputs)):
+        refused = proto or read_proto(onnx.path)
+        error = refusal.explain(onnx.path, refused, reason=str(exc), complaint=onnx.complaint)
+        simpler = expandable(refusal.failed_nodes(refused, str(exc)), onnx.opset)
+        if not simpler:
+            raise error from exc
+        try:
+            proto = rewritten(onnx, simpler)
+            model = _parse(onnx, proto)
+        except (RuntimeError, UnsupportedModelError):  # what was refused first is what the user knows
+            raise error from exc
+    if onnx.complaint and (_AMBIGUOUS in onnx.complaint or len(model.inputs) > len(onnx.inputs)):
         raise ModelError(f"{onnx.path}: not valid ONNX: {onnx.complaint}; export the model again")
-    if len(model.inputs) != len(onnx.inputs) or len(model.outputs) != len(onnx.outputs):
+    return _with_empty_inputs(model, onnx), onnx.names if proto is None else names_in(proto)
+
+
+def _parse(onnx: OnnxFile, proto: ModelProto | None) -> ov.Model:
+    """The one place where OpenVINO reads a model."""
+    return ov.Core().read_model(str(onnx.path) if proto is None else proto.SerializeToString())
+
+
+def _with_empty_inputs(model: ov.Model, onnx: OnnxFile) -> ov.Model:
+    """`model` with the inputs of no elements, which OpenVINO takes for constants, and in the file's order."""
+    read = {name: node for node in model.get_parameters() for name in node.output(0).get_names()}
+    if len(model.get_parameters()) == len(onnx.inputs) and len(model.get_results()) == len(onnx.outputs):
+        return model
+    types = {name: kind for kind, name in _NUMPY_NAMES.items()}
+    parameters = []
+    for spec in onnx.inputs:
+        if spec.name in read:
+            parameters.append(read[spec.name])
+        elif 0 in spec.shape and spec.dtype in types:
+            parameters.append(ops.parameter(list(spec.shape), types[spec.dtype], name=spec.name))
+            parameters[-1].output(0).get_tensor().set_names({spec.name})
+    if len(parameters) != len(onnx.inputs) or len(model.get_results()) != len(onnx.outputs):
         raise UnsupportedModelError(
             f"{onnx.path}: OpenVINO reads {len(model.inputs)} inputs, {len(model.outputs)} outputs where "
             f"the file has {len(onnx.inputs)} and {len(onnx.outputs)}; remove what is named twice"
         )
-    return model, names
+    return ov.Model(model.get_results(), model.get_sinks(), parameters, model.get_friendly_name())
 
 
 def _messages(onnx: OnnxFile, inner: list[str], inputs: tuple[TensorSpec, ...]) -> Iterator[str]:

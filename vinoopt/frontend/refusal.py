@@ -46,6 +46,14 @@ def explain(path: Path, proto: onnx.ModelProto, *, reason: str, complaint: str) 
     )
 
 
+def failed_nodes(proto: onnx.ModelProto, reason: str) -> list[onnx.NodeProto]:
+    """The nodes whose operators `core.read_model` names in its refusal."""
+    nodes = list(walk_nodes(proto))
+    found = [node for node, _ in _without_rule(reason, nodes)]
+    failed = _failed_node(reason, nodes)
+    return found if failed is None else [*found, failed[0]]
+
+
 def _without_rule(reason: str, nodes: list[_Found]) -> list[_Found]:
     match = _MISSING.search(reason)
     if match is None:
