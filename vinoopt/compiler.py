@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import openvino as ov
@@ -14,9 +14,11 @@ from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig, measure
+from vinoopt.compression.judge import Yardstick
 from vinoopt.errors import TargetError
 from vinoopt.records import (
     Build,
+    Comparison,
     CompressionPlan,
     Device,
     DeviceSpec,
@@ -44,6 +46,47 @@ def runtime_properties(plan: CompressionPlan, device: Device) -> RuntimeProperti
     if device is not Device.NPU:  # an NPU takes its formats from the model alone
         properties["INFERENCE_PRECISION_HINT"] = plan.float_precision.value
     return RuntimeProperties.of(properties)
+
+
+Entry = tuple[CompressionPlan, ov.Model, RuntimeProperties]
+"""What takes part in a final comparison: a plan, its model, the properties it runs with."""
+
+
+class SideBySide(Protocol):
+    """Contestants that were timed together."""
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        """In the order of the contestants."""
+        ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the figures doubtful, for all contestants alike."""
+        ...
+
+    def compare(self, reference: str, candidate: str) -> Comparison:
+        """How many times faster `candidate` is than `reference`."""
+        ...
+
+
+class TargetYardstick(Yardstick, Protocol):
+    """All that the pipeline asks of a target: what the search asks, and the last steps."""
+
+    spec: DeviceSpec
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user must know of this target's figures: where accuracy and times come from."""
+        ...
+
+    def compare(self, candidates: Mapping[str, Entry]) -> SideBySide:
+        """All candidates side by side, as carefully as the target allows."""
+        ...
+
+    def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
+        """The IR compiled for the target; a blob that may be shipped is left at `output`."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -94,7 +137,12 @@ class HostYardstick:
         properties = runtime_properties(plan, self.spec.kind).as_dict()
         return layer_times(model, self.spec.kind, properties, self.samples[:_MAX_SAMPLES], blocks=blocks)
 
-    def compare(self, candidates: Mapping[str, tuple[CompressionPlan, ov.Model, RuntimeProperties]]) -> BenchResult:
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: everything is measured."""
+        return ()
+
+    def compare(self, candidates: Mapping[str, Entry]) -> BenchResult:
         """All candidates side by side in interleaved rounds, long enough to tell them apart."""
         contestants = [
             Contestant(
@@ -119,7 +167,7 @@ class HostYardstick:
 
 def yardstick_for(
     target: Target, spec: DeviceSpec, *, reference: ov.Model, samples: Sequence[Sample]
-) -> HostYardstick:
+) -> TargetYardstick:
     """How candidates are timed and run for a target; raises `TargetError` where this machine cannot serve it."""
     availability = HostToolchain().probe(spec)
     if target.profile == "host":

@@ -310,6 +310,7 @@ def _choose_for(
     """Search, then choose on the test part; an interrupt ends the search with what it has."""
     splits = material.splits
     samples = [splits.test[i] for i in range(min(MEASURED_SAMPLES, len(splits.test)))]
+    yardstick = yardstick_for(target, spec, reference=material.source.model, samples=samples)
     judge = Judge(
         workshop=Workshop(
             source=material.source.model,
@@ -318,7 +319,7 @@ def _choose_for(
             store=material.store,
             ignored=options.base.float_layers,
         ),
-        yardstick=yardstick_for(target, spec, reference=material.source.model, samples=samples),
+        yardstick=yardstick,
         metric=material.metric,
         budget=material.request.budget,
         data=splits.search,
@@ -343,7 +344,9 @@ def _choose_for(
         interrupted = True
         say("interrupted: going on with the best candidate so far")
         found = SearchResult(trials=tuple(judge.trials), damages={}, gains_us={}, reasons=("interrupted",))
-    choice = choose(judge, found, TestPart(data=splits.test, reference=material.test_reference), say=say)
+    choice = choose(
+        judge, yardstick, found, TestPart(data=splits.test, reference=material.test_reference), say=say
+    )
     return replace(choice, interrupted=interrupted)
 
 

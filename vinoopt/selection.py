@@ -10,25 +10,24 @@ import openvino as ov
 from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, Scores, paired_drop, score, sentence
-from vinoopt.bench import BenchResult
-from vinoopt.compiler import HostYardstick, runtime_properties
+from vinoopt.compiler import SideBySide, TargetYardstick, runtime_properties
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.search import SearchResult
 from vinoopt.records import (
     Comparison,
     CompressionPlan,
     Drop,
-    Precision,
     Trial,
     TrialState,
     Verdict,
 )
 
-FLOAT, PLAIN_INT8, CHOSEN = "float f32", "plain INT8", "vinoopt"
+FLOAT, PLAIN_INT8, CHOSEN = "float", "plain INT8", "vinoopt"
 """Names of the contestants in the final measurement."""
-
-_FLOAT_PLAN = CompressionPlan(float_precision=Precision.F32)
-
+_SHORTLIST = 4
+"""Candidates that are timed again together."""
+_SMALLER = 0.98
+"""A candidate as fast as plain INT8 stays the result only if its weights are smaller than this share of it."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TestPart:
@@ -44,33 +43,40 @@ class TestPart:
 class Choice:
     """What one target gets, with the model itself."""
 
-    yardstick: HostYardstick
+    yardstick: TargetYardstick
     plan: CompressionPlan
     model: ov.Model
     drop: Drop
     budget_met: bool
-    bench: BenchResult
+    bench: SideBySide
     comparisons: tuple[Comparison, ...]
     reasons: tuple[str, ...]
     trials: tuple[Trial, ...]
     interrupted: bool = False
 
 
-def choose(judge: Judge, found: SearchResult, test: TestPart, *, say: Callable[[str], None]) -> Choice:
+def choose(
+    judge: Judge,
+    yardstick: TargetYardstick,
+    found: SearchResult,
+    test: TestPart,
+    *,
+    say: Callable[[str], None],
+) -> Choice:
     """The fastest candidate that the test part lets pass, never slower than a baseline that it lets pass.
 
     Candidates are taken from the fastest on; one that falls outside the budget on the test part is passed over
     for the next along the frontier, which ends at the float model. Then the choice, the float model and plain
     INT8 are measured side by side; a baseline inside the budget that is faster beyond noise takes its place.
     """
-    run = _Selection(judge=judge, found=found, test=test, say=say)
+    run = _Selection(judge=judge, yardstick=yardstick, found=found, test=test, say=say)
     plan = run.first_inside()
     say(f"{plan.title} side by side with the baselines")
     bench = run.measure(plan)
     faster = run.faster_baseline(bench, plan)
     if faster is not None:
         run.reasons.append(
-            f"{faster.title} was faster than {plan.title} in the final measurement, so it is the result"
+            f"{plan.title} was not faster than {faster.title} in the final measurement, so {faster.title} it is"
         )
         plan = faster
         bench = run.measure(plan)
@@ -82,10 +88,10 @@ def choose(judge: Judge, found: SearchResult, test: TestPart, *, say: Callable[[
         plan=plan,
         model=judge.workshop.build(plan),
         drop=drop,
-        budget_met=plan != _FLOAT_PLAN or run.is_float_by_right(),
+        budget_met=plan != run.float_plan or run.is_float_by_right(),
         bench=bench,
         comparisons=tuple(bench.compare(other, name) for other in others),
-        reasons=(sentence(drop, judge.budget), *run.reasons),
+        reasons=(sentence(drop, judge.budget), *yardstick.notes, *run.reasons),
         trials=found.trials,
     )
 
@@ -93,6 +99,7 @@ def choose(judge: Judge, found: SearchResult, test: TestPart, *, say: Callable[[
 @dataclass(kw_only=True)
 class _Selection:
     judge: Judge
+    yardstick: TargetYardstick
     found: SearchResult
     test: TestPart
     say: Callable[[str], None]
@@ -102,7 +109,6 @@ class _Selection:
 
     def __post_init__(self) -> None:
         self.reasons += self.found.reasons
-        self.yardstick: HostYardstick = self.judge.yardstick  # type: ignore[assignment]  # made by the pipeline
         self.plain = next(
             (
                 t.plan
@@ -112,10 +118,36 @@ class _Selection:
             None,
         )
 
+    @property
+    def float_plan(self) -> CompressionPlan:
+        """The float model in the target's reference format."""
+        return CompressionPlan(float_precision=self.yardstick.float_precisions[0])
+
+    def ranked(self) -> list[Trial]:
+        """Candidates, the fastest first; those in front are timed again side by side.
+
+        Each was timed at another moment of the search, so the order of near ones is partly chance.
+        """
+        candidates = list(self.found.candidates)
+        front, rest = candidates[:_SHORTLIST], candidates[_SHORTLIST:]
+        if len(front) < 2:
+            return candidates
+        self.say(f"the {len(front)} fastest candidates side by side")
+        kind = self.yardstick.spec.kind
+        names = {f"#{t.number}": t for t in front}
+        bench = self.yardstick.compare(
+            {
+                name: (t.plan, self.judge.workshop.build(t.plan), runtime_properties(t.plan, kind))
+                for name, t in names.items()
+            }
+        )
+        order = sorted(bench.measurements, key=lambda m: m.latency_p50_ms)
+        return [names[m.name] for m in order] + rest
+
     def first_inside(self) -> CompressionPlan:
         """The fastest candidate that is not outside the budget on the test part; at last the float model."""
-        for trial in self.found.candidates:
-            if trial.plan == _FLOAT_PLAN:
+        for trial in self.ranked():
+            if trial.plan == self.float_plan:
                 break
             self.say(f"{trial.plan.title} on the test part")
             drop = self.drop_of(trial.plan)
@@ -125,7 +157,7 @@ class _Selection:
                 f"{trial.plan.title} was inside the budget on the search part (drop {trial.drop:+.4f}) but not on "
                 f"the test part ({drop.value:+.4f}): stepped back along the frontier"
             )
-        return _FLOAT_PLAN
+        return self.float_plan
 
     def drop_of(self, plan: CompressionPlan) -> Drop:
         """The plan's drop on the test part."""
@@ -143,7 +175,7 @@ class _Selection:
 
     def contestants(self, plan: CompressionPlan) -> Mapping[str, CompressionPlan]:
         """The float model, plain INT8, and the plan where it is neither."""
-        plans = {FLOAT: _FLOAT_PLAN}
+        plans = {FLOAT: self.float_plan}
         if self.plain is not None:
             plans[PLAIN_INT8] = self.plain
         if plan not in plans.values():
@@ -154,7 +186,7 @@ class _Selection:
         """The contestant that the plan is in the final measurement."""
         return next(name for name, each in self.contestants(plan).items() if each == plan)
 
-    def measure(self, plan: CompressionPlan) -> BenchResult:
+    def measure(self, plan: CompressionPlan) -> SideBySide:
         """The contestants side by side, long enough to tell them apart."""
         kind = self.yardstick.spec.kind
         return self.yardstick.compare(
@@ -164,20 +196,27 @@ class _Selection:
             }
         )
 
-    def faster_baseline(self, bench: BenchResult, plan: CompressionPlan) -> CompressionPlan | None:
-        """The fastest baseline inside the budget that beats the plan beyond noise."""
+    def faster_baseline(self, bench: SideBySide, plan: CompressionPlan) -> CompressionPlan | None:
+        """The fastest baseline inside the budget that the plan does not beat beyond noise, or at least in size."""
         beaten: list[tuple[float, CompressionPlan]] = []
         name = self.name_of(plan)
         for other, each in self.contestants(plan).items():
             if each == plan:
                 continue
             comparison = bench.compare(other, name)
-            if comparison.is_significant and comparison.speedup < 1 and self._is_inside(each):
+            is_better = comparison.is_significant and comparison.speedup < 1
+            is_simpler = not comparison.is_significant and not self._is_smaller(bench, other, name)
+            if (is_better or is_simpler) and self._is_inside(each):
                 beaten.append((comparison.speedup, each))
         return min(beaten, key=lambda pair: pair[0])[1] if beaten else None
 
+    def _is_smaller(self, bench: SideBySide, baseline: str, candidate: str) -> bool:
+        sizes = {m.name: m.size_bytes for m in bench.measurements}
+        mine, its = sizes[candidate], sizes[baseline]
+        return mine is not None and its is not None and mine < _SMALLER * its
+
     def _is_inside(self, plan: CompressionPlan) -> bool:
-        return plan == _FLOAT_PLAN or self.drop_of(plan).verdict is not Verdict.OUTSIDE
+        return plan == self.float_plan or self.drop_of(plan).verdict is not Verdict.OUTSIDE
 
     def is_float_by_right(self) -> bool:
         """Whether the float model won although a compressed one was inside the budget, or none was tried."""
