@@ -4,8 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+import openvino as ov
 import pytest
 from click.testing import CliRunner
+from openvino import opset13 as ops
 
 from vinoopt import serde
 from vinoopt.cli.profiles import profiles
@@ -162,6 +165,18 @@ def test_cpu_instruction_set(name: str, cap: str, vnni: bool):
     spec = resolve(Target(profile=name, device=Device.CPU))
     assert spec.offline == CpuOffline(isa_cap=cap, has_vnni=vnni)
     assert (Precision.INT8 in spec.precisions) is vnni
+
+
+def test_openvino_accepts_every_value_of_the_cpu_tuning_space():
+    data = ops.parameter([1, 4], np.float32)
+    model = ov.Model([ops.relu(data)], [data], "m")
+    specs = [profile.devices.get(Device.CPU) for profile in list_profiles()]
+    space = {
+        (k, v) for spec in specs if spec is not None for k, values in spec.tuning.items() for v in values
+    }
+    assert len(space) >= 4
+    for key, value in sorted(space):
+        ov.Core().compile_model(model, "CPU", {key: value})
 
 
 # --------------------------------------------------------------------------- finding and merging
