@@ -248,6 +248,19 @@ def test_local_functions_are_inlined(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(source.model, np.array([1, -1, 2, -2], np.float32))[0], [4, -1, 8, -2])
 
 
+def test_local_functions_with_external_weights(tmp_path: Path) -> None:
+    proto = parser.parse_model(
+        '<ir_version: 9, opset_import: ["" : 18, "loc" : 1]>'
+        "g (float[2] x) => (float[2] y) <float[2] w = {1.0, 2.0}> { y = loc.f(x, w) }"
+        '<domain: "loc", opset_import: ["" : 18]> f (a, b) => (c) { c = Add(a, b) }'
+    )
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.array([1, 2], np.float32), "w"))
+    path = tmp_path / "m.onnx"
+    onnx.save(proto, str(path), save_as_external_data=True, location="w.bin", size_threshold=0)
+    assert (tmp_path / "w.bin").exists()
+    np.testing.assert_array_equal(run(load_model(path).model, np.zeros(2, np.float32))[0], [1, 2])
+
+
 def test_operators_that_openvino_lacks_are_written_out_in_simpler_ones(tmp_path: Path) -> None:
     proto = parser.parse_model(
         '<ir_version: 8, opset_import: ["" : 17]> g (float[2,3] x, int64[2] t) => (float l)'

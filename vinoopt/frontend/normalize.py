@@ -168,7 +168,8 @@ def _parse(onnx: OnnxFile, proto: ModelProto | None) -> ov.Model:
 def _with_empty_inputs(model: ov.Model, onnx: OnnxFile) -> ov.Model:
     """`model` with the inputs of no elements, which OpenVINO takes for constants, and in the file's order."""
     read = {name: node for node in model.get_parameters() for name in node.output(0).get_names()}
-    if len(model.get_parameters()) == len(onnx.inputs) and len(model.get_results()) == len(onnx.outputs):
+    is_same = [spec.name for spec in onnx.inputs] == list(read)
+    if is_same and len(model.get_results()) == len(onnx.outputs):
         return model
     types = {name: kind for kind, name in _NUMPY_NAMES.items()}
     parameters = []
