@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from vinoopt.cli.options import preprocess_from, preprocess_options
 
 if TYPE_CHECKING:
     from vinoopt.bench import BenchResult
@@ -45,8 +46,7 @@ _OPTIONS = (
     click.option("--shape", "-shape", help='Input shapes, as "x[1,3,224,224]".'),
     click.option("-b", "--batch", type=click.IntRange(1), help="Batch size."),
     click.option("--data", help="Real inputs: npz, npy, or a folder. Without: golden or random inputs."),
-    click.option("--preprocess", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                 help="TOML file with the preprocessing to embed."),
+    preprocess_options,
     click.option("--allow-code", is_flag=True, help="Let --data import module:attribute."),
     click.option("--fail-below", type=click.FloatRange(min=0), metavar="FACTOR",
                  help="Exit with 3 where the model is significantly slower, and below this speed-up."),
@@ -110,7 +110,6 @@ def _run(
 
 
 def _request(model: str, against: tuple[str, ...], *, hint: str, **options: Any) -> Any:
-    from vinoopt.frontend.preprocess import read_preprocess
     from vinoopt.lineup import LineupRequest
     from vinoopt.records import RuntimeProperties
 
@@ -128,7 +127,7 @@ def _request(model: str, against: tuple[str, ...], *, hint: str, **options: Any)
         device=options["device"],
         properties=RuntimeProperties.of(given),
         data=options["data"],
-        preprocess=read_preprocess(options["preprocess"]) if options["preprocess"] else (),
+        preprocess=preprocess_from(options),
         shape=options["shape"],
         batch=options["batch"],
         allow_code=options["allow_code"],

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vinoopt.cli.options import preprocess_from, preprocess_options
+
 if TYPE_CHECKING:
     from vinoopt.tuning import SettingTrial, TuneResult
 
@@ -32,7 +34,7 @@ _GOALS = {"latency": "latency", "throughput": "throughput", "tput": "throughput"
 @click.option("--shape", "-shape", help='Input shapes, as "x[1,3,224,224]".')
 @click.option("-b", "--batch", type=click.IntRange(1), help="Batch size.")
 @click.option("--data", help="Real inputs: npz, npy, or a folder.")
-@click.option("--preprocess", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@preprocess_options
 @click.option("--allow-code", is_flag=True, help="Let --data import module:attribute.")
 @click.option("--journal", type=click.Path(dir_okay=False, path_type=Path), help="JSONL file to resume from.")
 @click.option(
@@ -68,7 +70,6 @@ def tune(model: str | None, model_option: str | None, **options: Any) -> None:
 
 
 def _task(model: str, **options: Any) -> Any:
-    from vinoopt.frontend.preprocess import read_preprocess
     from vinoopt.hardware.profile import load_profile
     from vinoopt.lineup import LineupRequest, tuning_task
     from vinoopt.records import Device
@@ -77,7 +78,7 @@ def _task(model: str, **options: Any) -> Any:
         model=model,
         device=options["device"],
         data=options["data"],
-        preprocess=read_preprocess(options["preprocess"]) if options["preprocess"] else (),
+        preprocess=preprocess_from(options),
         shape=options["shape"],
         batch=options["batch"],
         allow_code=options["allow_code"],

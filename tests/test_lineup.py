@@ -1,0 +1,250 @@
+"""Who runs in a benchmark, and the commands that measure, compare and tune."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from click.testing import CliRunner, Result
+
+from vinoopt import bundle, serde
+from vinoopt.bench import Engine, MeasureConfig, measure
+from vinoopt.cli.bench import bench, compare
+from vinoopt.cli.tune import tune
+from vinoopt.demo import demo_files
+from vinoopt.errors import BundleError, DataError, InputError, ModelError
+from vinoopt.frontend.normalize import load_model
+from vinoopt.frontend.preprocess import read_preprocess
+from vinoopt.lineup import LineupRequest, line_up, tuning_task
+from vinoopt.records import (
+    Build,
+    CompileRequest,
+    CompressionPlan,
+    Evidence,
+    HostFingerprint,
+    Manifest,
+    RuntimeProperties,
+    Target,
+    TargetResult,
+)
+
+DEMO = demo_files()
+PREPROCESS = read_preprocess(DEMO.preprocess)
+FED = {"data": str(DEMO.data), "preprocess": PREPROCESS}
+SHORT = MeasureConfig(rounds=5, min_round_ms=0.5, warmup_ms=1)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the demo as `compile` leaves it, with the float model in it."""
+    folder = tmp_path_factory.mktemp("bundles") / "build"
+    source = load_model(DEMO.model, shape="images[1,1,32,32]", preprocess=PREPROCESS)
+    target = Target.parse("host:CPU")
+    properties = RuntimeProperties.of({"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"})
+    images = np.load(DEMO.data)["images"][:3]
+    samples = [{"images": image[None]} for image in images]
+    compiled = ov.Core().compile_model(source.model, "CPU", properties.as_dict())
+    outputs = {target.slug: [list(compiled(sample).values()) for sample in samples]}
+    folder.mkdir()
+    bundle.write_target(folder, target.slug, source.model, properties)
+    bundle.write_golden(folder, samples, outputs, {target.slug: 1e-3})
+    result = TargetResult(
+        target=target,
+        plan=CompressionPlan(),
+        drop=None,
+        budget_met=True,
+        measurements=(),
+        comparisons=(),
+        properties=properties,
+        build=Build(target=target, toolchain="openvino", evidence=Evidence.MEASURED),
+    )
+    request = CompileRequest(
+        model=str(DEMO.model), targets=(target,), shape="images[1,1,32,32]", preprocess=PREPROCESS
+    )
+    host = HostFingerprint(cpu="", cores=1, memory_bytes=1, os="", python="", versions={}, devices={})
+    manifest = Manifest(
+        request=request,
+        host=host,
+        inputs=source.inputs,
+        outputs=source.outputs,
+        model_sha256=source.sha256,
+        splits={},
+        float_accuracy=None,
+        targets=(result,),
+        trials=0,
+        seconds=0.0,
+    )
+    (folder / bundle.MANIFEST).write_text(serde.to_json(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ir") / "digits_ir.xml"
+    ov.save_model(ov.Core().read_model(DEMO.model), path, compress_to_fp16=False)
+    return path
+
+
+# --------------------------------------------------------------------------- line-ups
+
+
+def test_an_onnx_file_meets_all_its_references() -> None:
+    words = ("fp32", "bf16", "int8", "onnxruntime")
+    lineup = line_up(LineupRequest(model=str(DEMO.model), against=words, **FED))
+    assert [each.name for each in lineup.contestants] == ["digits", *words]
+    assert len(lineup.samples) == 64
+    assert lineup.samples[0]["images"].dtype == np.uint8
+
+    result = measure(lineup.contestants, lineup.samples, config=SHORT)
+    sizes = {each.name: each.size_bytes for each in result.measurements}
+    assert sizes["int8"] < 0.3 * sizes["fp32"]
+
+
+def test_the_plain_quantized_reference_is_accurate() -> None:
+    lineup = line_up(LineupRequest(model=str(DEMO.model), against=("int8",), **FED))
+    compiled = ov.Core().compile_model(lineup.contestants[1].model, "CPU")
+    labels = np.load(DEMO.data)["labels"]
+    hits = [compiled(s)[0].argmax() == label for s, label in zip(lineup.samples, labels, strict=False)]
+    assert np.mean(hits) > 0.95
+
+
+def test_onnxruntime_gets_what_the_embedded_preprocessing_computes() -> None:
+    lineup = line_up(LineupRequest(model=str(DEMO.model), against=("onnxruntime",), **FED))
+    own = lineup.contestants[1].samples
+    assert lineup.contestants[1].engine is Engine.ONNXRUNTIME
+    expected = (lineup.samples[5]["images"].astype(np.float32) - 79.5) / 91.0
+    np.testing.assert_allclose(own[5]["images"], expected.transpose(0, 3, 1, 2), rtol=1e-6)
+
+
+def test_a_bundle_runs_with_its_properties_on_its_golden_inputs(built: Path) -> None:
+    request = LineupRequest(model=str(built), against=("fp32", "onnxruntime"))
+    lineup = line_up(request)
+    assert lineup.contestants[0].properties["INFERENCE_PRECISION_HINT"] == "f32"
+    assert len(lineup.samples) == 3
+    assert lineup.messages == ("inputs are the bundle's golden ones",)
+    measure(lineup.contestants, lineup.samples, config=SHORT)
+
+
+def test_an_ir_and_a_blob_run_side_by_side(ir: Path, tmp_path: Path) -> None:
+    model = ov.Core().read_model(ir)
+    model.reshape([1, 1, 32, 32])
+    blob = tmp_path / "digits.blob"
+    blob.write_bytes(ov.Core().compile_model(model, "CPU").export_model().getvalue())
+    properties = RuntimeProperties.of({"PERFORMANCE_HINT": "LATENCY"})
+    lineup = line_up(LineupRequest(model=str(ir), against=(str(blob),), properties=properties))
+    assert lineup.messages == ("inputs are random numbers; give --data for real ones",)
+    measure(lineup.contestants, lineup.samples, config=SHORT)
+    turned = line_up(LineupRequest(model=str(blob), against=(str(ir),), properties=properties))
+    assert [each.name for each in turned.contestants] == ["digits", "digits_ir"]
+
+
+def test_the_batch_is_fed_whole(ir: Path) -> None:
+    for model in (ir, DEMO.model):
+        lineup = line_up(LineupRequest(model=str(model), batch=4))
+        assert lineup.samples[0]["images"].shape == (4, 1, 32, 32)
+
+
+def test_thread_counts_reach_everyone_and_precision_only_the_model() -> None:
+    properties = RuntimeProperties.of({"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"})
+    lineup = line_up(
+        LineupRequest(
+            model=str(DEMO.model), against=("int8", "bf16", "onnxruntime"), properties=properties, **FED
+        )
+    )
+    assert [dict(each.properties) for each in lineup.contestants] == [
+        {"INFERENCE_NUM_THREADS": "1", "INFERENCE_PRECISION_HINT": "f32"},
+        {"INFERENCE_NUM_THREADS": "1"},
+        {"INFERENCE_NUM_THREADS": "1", "INFERENCE_PRECISION_HINT": "bf16"},
+        {"INFERENCE_NUM_THREADS": "1"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"against": ("int4",)}, InputError, 'against "int4"'),
+        ({"against": ("int8",)}, InputError, "needs --data"),
+        ({"model": "absent.onnx"}, ModelError, "no such file"),
+        ({"model": "absent.txt"}, InputError, "neither a bundle nor one of"),
+        ({"model": "."}, BundleError, "is not a bundle"),
+        ({"data": "absent.npz"}, DataError, "no such file"),
+    ],
+)
+def test_what_cannot_run_is_refused(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        line_up(LineupRequest(**{"model": str(DEMO.model), **changes}))
+
+
+def test_a_bundle_cannot_be_reshaped(built: Path) -> None:
+    with pytest.raises(InputError, match="were fixed when it was compiled"):
+        line_up(LineupRequest(model=str(built), batch=2))
+
+
+def test_an_ir_does_not_know_its_float_model(ir: Path) -> None:
+    with pytest.raises(InputError, match="does not tell its ONNX file; name the float model"):
+        line_up(LineupRequest(model=str(ir), against=("fp32",)))
+
+
+def test_a_bundle_is_tuned_at_its_own_precision_against_its_float_model(built: Path) -> None:
+    task, base, _ = tuning_task(LineupRequest(model=str(built)))
+    assert base.as_dict() == {"INFERENCE_PRECISION_HINT": "f32"}
+    assert task.reference is not None
+
+
+# --------------------------------------------------------------------------- commands
+
+
+def _invoke(command: object, *words: object) -> Result:
+    return CliRunner().invoke(command, [str(word) for word in words], catch_exceptions=False)  # type: ignore[arg-type]
+
+
+def test_bench_prints_a_table_on_stdout_and_remarks_on_stderr(built: Path) -> None:
+    found = _invoke(bench, built, "--against", "fp32", "-t", 0.5)
+    assert found.exit_code == 0
+    assert found.stdout.splitlines()[1].startswith("build")
+    assert "fp32 (" in found.stdout or "fp32: no significant difference" in found.stdout
+    assert "golden" in found.stderr
+    assert "golden" not in found.stdout
+
+
+def test_bench_writes_json() -> None:
+    found = _invoke(bench, "-m", DEMO.model, "--against", "fp32", "-t", 0.5, "--json", "--nthreads", 1)
+    whole = json.loads(found.stdout)
+    assert [each["name"] for each in whole["measurements"]] == ["digits", "fp32"]
+    assert whole["comparisons"][0]["reference"] == "fp32"
+    assert whole["measurements"][0]["evidence"] == "measured"
+
+
+def test_throughput_is_asked_for_in_benchmark_apps_words() -> None:
+    found = _invoke(bench, DEMO.model, "-hint", "tput", "-nstreams", 1, "-nireq", 2, "-t", 0.5, "--json")
+    assert json.loads(found.stdout)["measurements"][0]["throughput_per_s"] > 0
+
+
+def test_a_model_that_became_slower_fails_the_gate() -> None:
+    wide = Path(__file__).parent / "data" / "digits_wide.onnx"
+    slow = ("--nthreads", 1, "--infer-precision", "f32", "-t", 2)
+    found = _invoke(compare, DEMO.model, wide, "--fail-below", 0.95, *slow)
+    assert found.exit_code == 3
+    assert "below 0.95x" in found.stderr
+    assert _invoke(compare, wide, DEMO.model, "--fail-below", 0.95, *slow).exit_code == 0
+
+
+def test_the_model_is_given_once() -> None:
+    assert _invoke(bench).exit_code == 2
+    assert _invoke(bench, DEMO.model, "-m", DEMO.model).exit_code == 2
+    assert _invoke(tune).exit_code == 2
+
+
+def test_tune_writes_properties_that_compile(tmp_path: Path) -> None:
+    output = tmp_path / "runtime.json"
+    found = _invoke(
+        tune, DEMO.model, "--data", DEMO.data, "--preprocess", DEMO.preprocess, "-t", 1, "-o", output
+    )
+    assert found.exit_code == 0
+    properties = json.loads(output.read_text())
+    assert properties["PERFORMANCE_HINT"] == "LATENCY"
+    ov.Core().compile_model(DEMO.model, "CPU", properties)
+    assert found.stdout.startswith(json.dumps(properties, indent=2))
