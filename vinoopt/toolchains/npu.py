@@ -7,8 +7,8 @@ from its cost model and are never measurements.
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,18 @@ from vinoopt.toolchains import npu_preflight
 from vinoopt.toolchains.npu_compiler import (
     BLOB_FILE,
     MEMORY_LIMIT_BYTES,
+    WEIGHTS_SPARSITY,
     CompilerCall,
-    CompilerOutput,
     call_compiler,
+    mode_params,
+    with_mode_param,
 )
+from vinoopt.toolchains.npu_report import Summary
 from vinoopt.toolchains.npu_routes import NpuPlaces, Route, RouteOption, find_routes, harness_sha256
-from vinoopt.toolchains.npu_trace import SCHEDULER, LogFacts, Schedule, read_log, read_schedule
+from vinoopt.toolchains.npu_trace import SCHEDULER
 from vinoopt.toolchains.process import child_folder
 
 DEFAULT_TIMEOUT_S = 600.0
-COST_MODEL_NOTE = (
-    "it ranks variants; end-to-end was 2 to 3 times higher on the four networks with published figures"
-)
-_INT8_SHARE_EXPECTED = 0.5
 
 FindRoutes = Callable[[str, NpuPlaces], tuple[RouteOption, ...]]
 
@@ -53,6 +52,8 @@ FindRoutes = Callable[[str, NpuPlaces], tuple[RouteOption, ...]]
 class NpuEstimate(Record):
     """Modelled latency of a model on an NPU, and where it is spent."""
 
+    properties: RuntimeProperties
+    """What was compiled with: what was asked for, and `enable-weights-sparsity=false` where that is better."""
     latency_ms: float
     layer_us: dict[str, float]
     """Layer, by its friendly name in the IR -> its share of the latency; `(scheduling)` for the rest."""
@@ -104,12 +105,14 @@ class NpuToolchain:
     ) -> Build:
         """The IR compiled to a blob at `output`, with the modelled latency and time of every layer.
 
+        Where the compiler stores weights sparsely, it is compiled without that too and the smaller estimate
+        kept, unless `properties` decide it; the build's properties and diagnostics say what was kept.
         `evidence` is `MODELLED`, or `COMPILED` where the NPU's own driver compiled it, which models nothing.
         Raises `ShapeError` for open dimensions, `ToolchainRefused`, `ToolchainMissing`, `ToolchainCrashed`,
         `ToolchainTimeout`.
         """
         route = self._route(spec, needs_cost_model=False)
-        return self._compile(
+        return self._compile_best(
             route, model_path, spec=spec, properties=properties, output=output, timeout_s=timeout_s
         )
 
@@ -126,12 +129,13 @@ class NpuToolchain:
         Raises what `compile` raises, and `ToolchainMissing` where only a route without a cost model is here.
         """
         route = self._route(spec, needs_cost_model=True)
-        store = Store.open("npu-estimates", route.version, harness_sha256(), root=self.places.cache / "npu")
+        form = sorted(NpuEstimate.model_fields)
+        store = Store.open(route.version, harness_sha256(), form, root=self.places.cache / "npu-estimates")
         key = _content_key(model_path, _platform(spec), properties)
 
         def compute() -> Any:
             with child_folder() as folder:
-                build = self._compile(
+                build = self._compile_best(
                     route,
                     model_path,
                     spec=spec,
@@ -142,6 +146,36 @@ class NpuToolchain:
             return _estimate_of(build).model_dump(mode="json")
 
         return serde.from_mapping(NpuEstimate, store.json(key, compute), where="kept NPU estimate")
+
+    def _compile_best(
+        self,
+        route: Route,
+        model_path: Path,
+        *,
+        spec: DeviceSpec,
+        properties: RuntimeProperties,
+        output: Path,
+        timeout_s: float,
+    ) -> Build:
+        """The better of sparse and dense weights, as the cost model sees it."""
+        kept = self._compile(
+            route, model_path, spec=spec, properties=properties, output=output, timeout_s=timeout_s
+        )
+        if kept.details.get("sparse_tasks", "0") == "0" or WEIGHTS_SPARSITY in mode_params(properties):
+            return kept
+        with child_folder() as folder:
+            dense = self._compile(
+                route,
+                model_path,
+                spec=spec,
+                properties=with_mode_param(properties, WEIGHTS_SPARSITY, "false"),
+                output=folder / output.name,
+                timeout_s=timeout_s,
+            )
+            if _latency(dense) >= _latency(kept):
+                return kept
+            shutil.copyfile(folder / output.name, output)
+        return serde.replace(dense, diagnostics=(*dense.diagnostics, _dense_is_better(dense, sparse=kept)))
 
     def _compile(
         self,
@@ -166,7 +200,7 @@ class NpuToolchain:
         )
         result = call_compiler(route, call, blob=output)
         is_quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
-        summary = _Summary.of(route, result, is_quantized=is_quantized)
+        summary = Summary.of(route, result, is_quantized=is_quantized)
         return Build(
             target=Target(profile=spec.name, device=spec.kind),
             toolchain=summary.toolchain,
@@ -203,6 +237,26 @@ def _platform(spec: DeviceSpec) -> str:
     )
 
 
+def _latency(build: Build) -> float:
+    if build.latency_ms is None:
+        raise ToolchainMissing(f"{build.toolchain} models no latency")
+    return build.latency_ms
+
+
+def _dense_is_better(dense: Build, *, sparse: Build) -> Diagnostic:
+    return Diagnostic(
+        severity="info",
+        code="NPU_SPARSITY_OFF",
+        message=(
+            f"compiled without weight sparsity: modelled {_latency(dense):.4g} ms instead of "
+            f"{_latency(sparse):.4g} ms, though the blob has {dense.details['blob_bytes']} bytes instead of "
+            f"{sparse.details['blob_bytes']} and convolutions take {dense.details['dpu_us']} us instead of "
+            f"{sparse.details['dpu_us']} us; the cost model prices copies of sparse weights far above those of "
+            "dense ones, and whether an NPU does too is not known"
+        ),
+    )
+
+
 def _content_key(model_path: Path, platform: str, properties: RuntimeProperties) -> str:
     """Digest of everything that the compiler sees."""
     digest = hashlib.sha256(serde.to_json(properties).encode() + platform.encode())
@@ -211,110 +265,15 @@ def _content_key(model_path: Path, platform: str, properties: RuntimeProperties)
     return digest.hexdigest()[:40]
 
 
-# --------------------------------------------------------------------------- what a compilation said
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Summary:
-    """A compiler's output, read."""
-
-    toolchain: str
-    schedule: Schedule | None
-    is_lower_bound: bool
-    diagnostics: tuple[Diagnostic, ...]
-    details: Mapping[str, str]
-
-    @classmethod
-    def of(cls, route: Route, result: CompilerOutput, *, is_quantized: bool) -> _Summary:
-        compatibility = str(result.values.get("RUNTIME_REQUIREMENTS", ""))
-        version = re.search(r"compiler=([\d.]+)", compatibility)
-        toolchain = (
-            f"Intel NPU compiler {version.group(1) if version else ''} ({route.name}, {route.version})"
-        )
-        details = {"route": route.name, "openvino": result.openvino, "compatibility": compatibility}
-        if result.schedule is None:
-            return cls(
-                toolchain=toolchain, schedule=None, is_lower_bound=False, diagnostics=(), details=details
-            )
-        schedule, facts = read_schedule(result.schedule), read_log(result.log)
-        tiles = re.search(r"\bt=(\d+)", compatibility)
-        details |= _schedule_details(schedule, facts, tiles=tiles.group(1) if tiles else "")
-        return cls(
-            toolchain=toolchain,
-            schedule=schedule,
-            is_lower_bound=bool(facts.unmodelled or facts.invalid_costs),
-            diagnostics=tuple(_diagnostics(facts, is_quantized=is_quantized)),
-            details=details,
-        )
-
-
-def _schedule_details(schedule: Schedule, facts: LogFacts, *, tiles: str) -> dict[str, str]:
-    details = {f"{engine.lower()}_us": f"{us:g}" for engine, us in schedule.engine_us.items()}
-    details |= {
-        "tiles": tiles,
-        "clock_mhz": f"{schedule.clock_mhz:g}",
-        "compiler_id": facts.compiler,
-        "memory_bound": f"{schedule.memory_bound:.3f}",
-        "uncounted": str(len(facts.unmodelled) + facts.invalid_costs),
-        "source": (
-            f"Intel's VPUNN cost model in the NPU compiler, {tiles} tiles at {schedule.clock_mhz:g} MHz: "
-            f"{COST_MODEL_NOTE}"
-        ),
-    }
-    share = _int_share(facts)
-    return details if share is None else {**details, "int_share": f"{share:.4f}"}
-
-
-def _int_share(facts: LogFacts) -> float | None:
-    """Share of integer operations; None where the platform reports no counts."""
-    if facts.float_operations is None or facts.integer_operations is None:
-        return None
-    total = facts.float_operations + facts.integer_operations
-    return facts.integer_operations / total if total else None
-
-
-def _diagnostics(facts: LogFacts, *, is_quantized: bool) -> list[Diagnostic]:
-    found = []
-    if facts.unmodelled:
-        found.append(
-            _warning(
-                "NPU_ESTIMATE_INCOMPLETE",
-                f"the latency is a lower bound: the cost model counts {', '.join(facts.unmodelled)} as nothing",
-            )
-        )
-    if facts.invalid_costs:
-        found.append(
-            _warning(
-                "NPU_ESTIMATE_INCOMPLETE",
-                f"the latency is a lower bound: the cost model has no cost for {facts.invalid_costs} tasks",
-            )
-        )
-    share = _int_share(facts)
-    if is_quantized and share is not None and share < _INT8_SHARE_EXPECTED:
-        found.append(
-            _warning(
-                "NPU_NOT_INT8",
-                f"the model is quantized, but only {share:.0%} of its operations run in integers; the layers' "
-                "formats show which do not",
-            )
-        )
-    return found
-
-
-def _warning(code: str, message: str) -> Diagnostic:
-    return Diagnostic(severity="warning", code=code, message=message)
-
-
 def _estimate_of(build: Build) -> NpuEstimate:
     layer_us: dict[str, float] = {}
     for layer in build.layers:
         layer_us[layer.name] = layer_us.get(layer.name, 0.0) + (layer.time_us or 0.0)
     layer_us.setdefault(SCHEDULER, 0.0)
-    details, latency_ms = build.details, build.latency_ms
-    if latency_ms is None:
-        raise ToolchainMissing(f"{build.toolchain} models no latency")
+    details = build.details
     return NpuEstimate(
-        latency_ms=latency_ms,
+        properties=build.properties,
+        latency_ms=_latency(build),
         layer_us=layer_us,
         is_lower_bound=build.is_lower_bound,
         uncounted=int(details["uncounted"]),

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vinoopt.errors import ToolchainCrashed, ToolchainError, ToolchainMissing, ToolchainRefused
+from vinoopt.records import RuntimeProperties
 from vinoopt.toolchains.npu_routes import Route, make_shadow_package, read_answer
 from vinoopt.toolchains.process import STDOUT_FILE, ChildExit, child_folder, run_process
 
 MODE_PARAMS = "NPU_COMPILATION_MODE_PARAMS"
+WEIGHTS_SPARSITY = "enable-weights-sparsity"
 TRACE_PARAMS = ("enable-schedule-trace=true", "dump-task-stats=true")
 TRACE_FILE = "compileTimeScheduleTrace.json"
 ASKED = ("RUNTIME_REQUIREMENTS", "NPU_COMPILER_VERSION")
@@ -26,6 +28,7 @@ MEMORY_LIMIT_BYTES = 8 << 30
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _MODEL_STAGES = frozenset({"properties", "read", "compile", "export"})
 _NO_COMPILER = ("VCL compiler loading failed", "dlSym cannot locate", "cannot open shared object")
+_LOADING = "Loading PLUGIN compiler"
 _NOISE = re.compile(r"^(Exception from|Check '|\s*$)|vclAllocatedExecutableCreate|Compiler returned msg")
 
 
@@ -72,6 +75,19 @@ def call_compiler(route: Route, call: CompilerCall, *, blob: Path | None = None)
         raise ToolchainCrashed(f"{exc}, twice; that says nothing about the model") from exc
 
 
+def mode_params(properties: RuntimeProperties) -> dict[str, str]:
+    """The compiler's own options among the properties."""
+    words = properties.as_dict().get(MODE_PARAMS, "").split()
+    return {key: value for key, _, value in (word.partition("=") for word in words)}
+
+
+def with_mode_param(properties: RuntimeProperties, option: str, value: str) -> RuntimeProperties:
+    """The properties with one of the compiler's own options set."""
+    options = {**mode_params(properties), option: value}
+    text = " ".join(f"{key}={options[key]}" for key in sorted(options))
+    return RuntimeProperties.of({**properties.as_dict(), MODE_PARAMS: text})
+
+
 class _SilentEndError(ToolchainError):
     """The child ended with neither an answer nor an error message."""
 
@@ -100,10 +116,16 @@ def _call_once(route: Route, call: CompilerCall, blob: Path | None) -> CompilerO
             peak_memory_bytes=ended.peak_memory_bytes,
         )
         if blob is not None:
-            part = blob.with_name(blob.name + ".part")
-            shutil.copyfile(folder / BLOB_FILE, part)
-            part.replace(blob)
+            _keep(folder / BLOB_FILE, blob)
         return output
+
+
+def _keep(written: Path, blob: Path) -> None:
+    if not written.is_file() or not written.stat().st_size:
+        raise ToolchainCrashed("the NPU compiler reported success but wrote no blob")
+    part = blob.with_name(blob.name + ".part")
+    shutil.copyfile(written, part)
+    part.replace(blob)
 
 
 def _arguments(route: Route, call: CompilerCall, folder: Path) -> list[str]:
@@ -127,6 +149,12 @@ def _checked_answer(log: str, ended: ChildExit) -> Mapping[str, Any]:
     """The harness's answer where it is a success; raises what its failure means."""
     answer: Mapping[str, Any] | None = read_answer(log)
     complaints = error_lines(log)
+    if answer is None and log.rstrip().endswith(_LOADING):
+        # The plugin dies here, at this log level, where it cannot open the library or finds another one.
+        raise ToolchainMissing(
+            f"the NPU compiler's library could not be loaded ({ended.cause}); it must be that of the installed "
+            "OpenVINO release"
+        )
     if answer is None and not complaints:
         raise _SilentEndError(
             f"the NPU compiler ended with {ended.cause} and no answer. {_last_line(ended.stderr)}"

@@ -24,6 +24,7 @@ SCHEDULER = "(scheduling)"
 _HARMLESS_SHAVE = re.compile(r"^(builtin_Convert\b|cache_)")
 _UNMODELLED = re.compile(r"SHAVE operations are unsupported by VPUNN[^\[]*\[([^\]]*)\]")
 _INVALID_COST = re.compile(r"There are (\d+) tasks with invalid cost")
+_SPARSE = re.compile(r"Sparse weights - (\d+) ops")
 _OPERATIONS = re.compile(r"Total number of (FP|INT)Ops: (\d+)")
 _COMPILER_ID = re.compile(r"Current compiler ID: (\S+)")
 _ELEMENT = re.compile(r"x(!?[a-zA-Z][\w.]*(?:<[^>]*>)?)[\],]")
@@ -51,6 +52,8 @@ class LogFacts:
     unmodelled: tuple[str, ...]
     """SHAVE programs that the cost model counts as (nearly) free."""
     invalid_costs: int
+    sparse_tasks: int
+    """Tasks whose weights are stored without their zeros."""
     float_operations: int | None
     integer_operations: int | None
     """Both counts include padding, so only their ratio tells; 3720 reports none."""
@@ -62,15 +65,10 @@ def read_schedule(trace: Mapping[str, Any]) -> Schedule:
         statistics = trace["taskStatistics"]
         total = float(statistics["total duration"])
         tasks = [_Task.of(event) for event in trace["traceEvents"] if _is_task(event)]
-        types = {
-            str(event["name"]): str(event["args"].get("Layer type", ""))
-            for event in trace["traceEvents"]
-            if event.get("cat") == "Layer"
-        }
         return Schedule(
             total_us=total,
             clock_mhz=float(trace["workpoint"]["freq"]),
-            layers=tuple(_layers(tasks, types, total)),
+            layers=tuple(_layers(tasks, total)),
             engine_us={
                 "DPU": float(statistics["DPU duration"]),
                 "SHAVE": float(statistics["SW duration"]),
@@ -95,6 +93,7 @@ def read_log(log: str) -> LogFacts:
     return LogFacts(
         compiler=compiler.group(1) if compiler else "",
         unmodelled=tuple(sorted(unmodelled)),
+        sparse_tasks=sum(map(int, _SPARSE.findall(log))),
         invalid_costs=max(map(int, _INVALID_COST.findall(log)), default=0),
         float_operations=operations.get("FP"),
         integer_operations=operations.get("INT"),
@@ -107,6 +106,7 @@ def read_log(log: str) -> LogFacts:
 @dataclass(frozen=True, slots=True)
 class _Task:
     layer: str
+    type: str
     engine: str
     start: float
     end: float
@@ -115,11 +115,12 @@ class _Task:
     @classmethod
     def of(cls, event: Mapping[str, Any]) -> _Task:
         """A task; its name is the layer's friendly name, `?t_`, the layer's type, and what became of it."""
-        layer, mark, _ = str(event["name"]).partition("?t_")
+        layer, mark, rest = str(event["name"]).partition("?t_")
         start = float(event["ts"])
         element = _ELEMENT.search(str(event["args"].get("Input tensors", "")))
         return cls(
             layer=layer if mark else SCHEDULER,
+            type=rest.partition("/")[0],
             engine=ENGINES[event["cat"]],
             start=start,
             end=start + float(event["dur"]),
@@ -137,7 +138,7 @@ def _is_task(event: Mapping[str, Any]) -> bool:
     return event.get("cat") in ENGINES and "/variant_" not in str(event["name"])
 
 
-def _layers(tasks: list[_Task], types: Mapping[str, str], total: float) -> Iterable[LayerReport]:
+def _layers(tasks: list[_Task], total: float) -> Iterable[LayerReport]:
     """Layers in the order in which they start."""
     shares = _shares(tasks)
     busy: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -147,14 +148,14 @@ def _layers(tasks: list[_Task], types: Mapping[str, str], total: float) -> Itera
         if task.engine != "DMA":
             weight[task.layer][task.precision] += task.end - task.start
     shares[SCHEDULER] = max(0.0, total - sum(us for name, us in shares.items() if name != SCHEDULER))
-    for name in dict.fromkeys(
-        task.layer for task in sorted(tasks, key=lambda task: (task.start, task.layer))
-    ):
+    ordered = sorted(tasks, key=lambda task: (task.start, task.layer))
+    types = {task.layer: task.type for task in reversed(ordered)}
+    for name in dict.fromkeys(task.layer for task in ordered):
         formats = weight[name]
         engines = {engine: round(us, 3) for engine, us in sorted(busy[name].items()) if us > 0}
         yield LayerReport(
             name=name,
-            type=types.get(name, ""),
+            type=types[name],
             precision=max(formats, key=lambda key: (formats[key], key)) if formats else "",
             kernel="+".join(engines),
             time_us=round(shares.get(name, 0.0), 3),

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from pydantic import Field
-
-from vinoopt import serde
 from vinoopt.errors import ToolchainError
 from vinoopt.records import DeviceSpec, Record, RuntimeProperties
 from vinoopt.toolchains.npu import DEFAULT_TIMEOUT_S, NpuEstimate, NpuToolchain
-from vinoopt.toolchains.npu_compiler import MODE_PARAMS
+from vinoopt.toolchains.npu_compiler import with_mode_param
 
 TILES = "NPU_TILES"
 
-OPTIONS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "performance hint": (("PERFORMANCE_HINT", "THROUGHPUT"),),
-    "weight sparsity": ((MODE_PARAMS, "enable-weights-sparsity=false"),),
-    "activation sparsity": ((MODE_PARAMS, "enable-activation-sparsity=true"),),
-    "optimization level": ((MODE_PARAMS, "optimization-level=3"),),
+Change = Callable[[RuntimeProperties], RuntimeProperties]
+
+
+def _property(key: str, value: str) -> Change:
+    return lambda properties: RuntimeProperties.of({**properties.as_dict(), key: value})
+
+
+def _option(key: str, value: str) -> Change:
+    return lambda properties: with_mode_param(properties, key, value)
+
+
+OPTIONS: Mapping[str, tuple[Change, ...]] = {
+    "performance hint": (_property("PERFORMANCE_HINT", "THROUGHPUT"),),
+    "activation sparsity": (_option("enable-activation-sparsity", "true"),),
+    "optimization level": (_option("optimization-level", "3"),),
 }
-"""What is varied beside the number of tiles: option -> properties and values other than the default's.
+"""What is varied beside the number of tiles: option -> changes away from the default.
 
-Turbo, DMA engines, batch mode and precision hints changed nothing or only for the worse."""
-
-SPARSITY_NOTE = (
-    "weight sparsity made the estimate worse, through copies of sparse weights that the cost model prices far "
-    "above those of dense ones; whether an NPU does too is not known"
-)
+Weight sparsity is decided in every compilation. Turbo, DMA engines, batch mode and precision hints changed
+nothing or only for the worse."""
 
 
 class NpuTrial(Record):
@@ -48,7 +51,6 @@ class NpuTuning(Record):
     estimate: NpuEstimate
     default: NpuEstimate
     trials: tuple[NpuTrial, ...]
-    notes: tuple[str, ...] = Field(default=())
 
     @property
     def speedup(self) -> float:
@@ -72,47 +74,42 @@ def tune_npu(
     """
     base = base or RuntimeProperties()
     default = toolchain.estimate_latency(model_path, spec, base, timeout_s=timeout_s)
-    best, best_estimate = base, default
+    best, estimate = base, default
     trials = [NpuTrial(properties=base, option="default", estimate=default)]
-    for option, values in _axes(spec):
+    for option, changes in _axes(spec):
         incumbent = best
-        for key, value in values:
-            variant = _with(incumbent, key, value)
+        for change in changes:
+            variant = change(incumbent)
             if any(trial.properties == variant for trial in trials):
                 continue
-            try:
-                estimate = toolchain.estimate_latency(model_path, spec, variant, timeout_s=timeout_s)
-            except ToolchainError as exc:
-                trials.append(NpuTrial(properties=variant, option=option, error=str(exc)))
-                continue
-            trials.append(NpuTrial(properties=variant, option=option, estimate=estimate))
-            if estimate.latency_ms < best_estimate.latency_ms and estimate.uncounted <= default.uncounted:
-                best, best_estimate = variant, estimate
-    return NpuTuning(
-        properties=best,
-        estimate=best_estimate,
-        default=default,
-        trials=tuple(trials),
-        notes=(SPARSITY_NOTE,) if "enable-weights-sparsity=false" in _mode_params(best) else (),
-    )
+            trial = _try(toolchain, model_path, spec, variant=variant, option=option, timeout_s=timeout_s)
+            trials.append(trial)
+            if trial.estimate is not None and _beats(trial.estimate, estimate, default=default):
+                best, estimate = variant, trial.estimate
+    return NpuTuning(properties=estimate.properties, estimate=estimate, default=default, trials=tuple(trials))
 
 
-def _axes(spec: DeviceSpec) -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:
+def _try(
+    toolchain: NpuToolchain,
+    model_path: Path,
+    spec: DeviceSpec,
+    *,
+    variant: RuntimeProperties,
+    option: str,
+    timeout_s: float,
+) -> NpuTrial:
+    try:
+        estimate = toolchain.estimate_latency(model_path, spec, variant, timeout_s=timeout_s)
+    except ToolchainError as exc:
+        return NpuTrial(properties=variant, option=option, error=str(exc))
+    return NpuTrial(properties=variant, option=option, estimate=estimate)
+
+
+def _beats(estimate: NpuEstimate, best: NpuEstimate, *, default: NpuEstimate) -> bool:
+    return estimate.latency_ms < best.latency_ms and estimate.uncounted <= default.uncounted
+
+
+def _axes(spec: DeviceSpec) -> Iterator[tuple[str, tuple[Change, ...]]]:
     """The options in the order in which they are decided; numbers of tiles are the profile's."""
-    yield "tiles", tuple((TILES, value) for value in spec.tuning.get(TILES, ()))
+    yield "tiles", tuple(_property(TILES, value) for value in spec.tuning.get(TILES, ()))
     yield from OPTIONS.items()
-
-
-def _with(properties: RuntimeProperties, key: str, value: str) -> RuntimeProperties:
-    """The properties with one changed; mode parameters are added to those that are there."""
-    changed = properties.as_dict()
-    if key == MODE_PARAMS:
-        kept = [
-            word for word in _mode_params(properties) if word.partition("=")[0] != value.partition("=")[0]
-        ]
-        value = " ".join(sorted([*kept, value]))
-    return serde.replace(properties, items=RuntimeProperties.of({**changed, key: value}).items)
-
-
-def _mode_params(properties: RuntimeProperties) -> list[str]:
-    return properties.as_dict().get(MODE_PARAMS, "").split()
