@@ -18,7 +18,7 @@ from vinoopt.hardware.isa import ISAS
 from vinoopt.hardware.profile import load_profile
 from vinoopt.records import Device, DeviceSpec, Evidence, RuntimeProperties
 from vinoopt.toolchains.calls import read_calls, write_calls
-from vinoopt.toolchains.cpu_isa import CpuIsaToolchain, LatencyJob, PredictJob
+from vinoopt.toolchains.cpu_isa import BlockTimesJob, CpuIsaToolchain, LatencyJob, PredictJob
 from vinoopt.toolchains.process import ChildExit, ChildReply
 
 ALL = frozenset().union(*(isa.flags for isa in ISAS.values()))
@@ -288,6 +288,23 @@ def _weights_of(path: Path) -> Any:
     model = ov.Core().read_model(path)
     constants = [op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"]
     return next(op.data for op in constants if op.data.shape == (32, 64, 1, 1))[:, :, 0, 0]
+
+
+def test_blocks_are_timed_under_the_cap(tmp_path: Path):
+    data = ops.parameter([1, 32, 16, 16], np.float32, name="x")
+    node: Any = data
+    for name, kernel in (("small", 1), ("large", 5)):
+        weights = ops.constant(np.ones((32, 32, kernel, kernel), np.float32))
+        pad = [kernel // 2, kernel // 2]
+        node = ops.convolution(node, weights, [1, 1], pad, pad, [1, 1], name=name)
+    path = save(node, data, tmp_path / "m.xml")
+    write_calls(tmp_path / "in.npz", [{"x": np.ones((1, 32, 16, 16), np.float32)}])
+    job = BlockTimesJob(
+        model=path, calls=tmp_path / "in.npz", blocks=("small", "large"), properties=ONE_THREAD
+    )
+    times = real("skylake").run_capped(cpu_of("skylake"), job, timeout_s=60).times_us
+    assert set(times) == {"small", "large"}
+    assert times["large"] > 2 * times["small"] > 0  # 25 times the products
 
 
 def test_dynamic_input_needs_samples(tmp_path: Path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -70,12 +70,27 @@ class PredictJob:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BlockTimesJob:
+    """Time per block of an IR file, as `host.layer_times` takes it from the plugin's own counters."""
+
+    model: Path
+    calls: Path
+    blocks: tuple[str, ...]
+    properties: RuntimeProperties = _NO_PROPERTIES
+
+
+Job = LatencyJob | PredictJob | BlockTimesJob
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CappedRun:
     """What was seen under the cap; the evidence of all of it is `Evidence.EMULATED`."""
 
     isa_cap: str
     samples_ms: tuple[tuple[tuple[float, ...], ...], ...] = ()
     """Model -> round -> inferences. Only ratios between models mean anything."""
+    times_us: dict[str, float] = field(default_factory=dict)
+    """Block -> microseconds. Only ratios between blocks mean anything."""
     calls: int = 0
     """Number of calls whose outputs were written."""
     layers: tuple[tuple[LayerReport, ...], ...] = ()
@@ -128,7 +143,7 @@ class CpuIsaToolchain:
         found = (*_diagnostics(isa, (layers,)), *_layer_diagnostics(layers))
         return self._build(spec, isa, used, Evidence.COMPILED, layers=layers, diagnostics=found)
 
-    def run_capped(self, spec: DeviceSpec, job: LatencyJob | PredictJob, *, timeout_s: float) -> CappedRun:
+    def run_capped(self, spec: DeviceSpec, job: Job, *, timeout_s: float) -> CappedRun:
         """The job done in a child under the device's cap.
 
         Below BF16 the float format is forced to f32, and without VNNI dynamic quantization is off: OpenVINO
@@ -142,6 +157,7 @@ class CpuIsaToolchain:
         return CappedRun(
             isa_cap=isa.cap,
             samples_ms=tuple(tuple(map(tuple, model)) for model in values.get("samples_ms", ())),
+            times_us=values.get("times_us", {}),
             calls=values.get("count", 0),
             layers=layers,
             diagnostics=tuple(_diagnostics(isa, layers)),
@@ -216,14 +232,11 @@ def _environment(cap: str | None) -> dict[str, str | None]:
     return dict.fromkeys(_CAP_VARIABLES, cap)
 
 
-def _request(job: LatencyJob | PredictJob) -> dict[str, Any]:
+def _request(job: Job) -> dict[str, Any]:
     if isinstance(job, PredictJob):
-        return {
-            "op": "predict",
-            "models": [str(job.model.resolve())],
-            "calls": str(job.calls.resolve()),
-            "outputs": str(job.outputs.resolve()),
-        }
+        return {**_files("predict", job.model, job.calls), "outputs": str(job.outputs.resolve())}
+    if isinstance(job, BlockTimesJob):
+        return {**_files("block_times", job.model, job.calls), "blocks": list(job.blocks)}
     return {
         "op": "latency",
         "models": [str(model.resolve()) for model in job.models],
@@ -232,6 +245,10 @@ def _request(job: LatencyJob | PredictJob) -> dict[str, Any]:
         "warmup": job.warmup,
         "calls": None if job.calls is None else str(job.calls.resolve()),
     }
+
+
+def _files(operation: str, model: Path, calls: Path) -> dict[str, Any]:
+    return {"op": operation, "models": [str(model.resolve())], "calls": str(calls.resolve())}
 
 
 def _properties(isa: Isa, properties: RuntimeProperties) -> RuntimeProperties:

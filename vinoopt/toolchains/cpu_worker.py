@@ -15,9 +15,10 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from vinoopt.errors import ToolchainRefused
+from vinoopt.errors import DeviceError, ToolchainRefused
+from vinoopt.records import Device
 from vinoopt.toolchains.calls import read_calls, write_calls
-from vinoopt.toolchains.host import describe_layers, reason_of
+from vinoopt.toolchains.host import describe_layers, layer_times, reason_of
 from vinoopt.toolchains.process import serve
 
 Feed = dict[str, NDArray[Any]] | dict[int, NDArray[Any]]
@@ -75,10 +76,22 @@ def _predict(request: dict[str, Any]) -> dict[str, Any]:
     return {"layers": [_layers(compiled)], "count": count}
 
 
+def _block_times(request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        model = ov.Core().read_model(request["models"][0])
+        calls = read_calls(Path(request["calls"]))
+        times = layer_times(model, Device.CPU, request["properties"], calls, blocks=request["blocks"])
+    except (RuntimeError, DeviceError) as exc:
+        raise _CompileError(f"OpenVINO cannot time {Path(request['models'][0]).name}: {exc}") from exc
+    layers = _layers(_compiled(request["models"][0], request))
+    return {"layers": [layers], "times_us": times}
+
+
 _OPERATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "compile": _compile,
     "latency": _latency,
     "predict": _predict,
+    "block_times": _block_times,
 }
 
 
