@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cholesky
 from scipy.linalg.lapack import dpotri
-from threadpoolctl import threadpool_limits
 
 Matrix: TypeAlias = NDArray[np.float64]
 Indices: TypeAlias = NDArray[np.intp]
@@ -52,12 +51,7 @@ def order_by_surgery(readers: Sequence[Reader], *, damping: float) -> Indices:
     added to every covariance. For U units of t columns among K, with O outputs, a reader takes O(U t K (K + O))
     operations and two K x K matrices.
     """
-    # Thousands of small products: on a busy machine waiting for a second thread costs more than it computes.
-    with threadpool_limits(limits=1, user_api="blas"):
-        return _eliminate_all([_Elimination(reader, damping) for reader in readers])
-
-
-def _eliminate_all(states: Sequence[_Elimination]) -> Indices:
+    states = [_Elimination(reader, damping) for reader in readers]
     units = states[0].total
     alive = np.ones(units, dtype=np.bool_)
     order = np.empty(units, dtype=np.intp)

@@ -31,7 +31,7 @@ from vinoopt.compression.contractions import (
     select_contractions,
     weight_matrix,
 )
-from vinoopt.compression.regression import PairedSums, solve, solve_rows
+from vinoopt.compression.regression import PairedSums, solve, solve_rows, threads_for
 from vinoopt.compression.saliency import Moments, Statistics
 from vinoopt.compression.surgery import LayerCut, PrunedModel
 
@@ -134,7 +134,8 @@ def refit_local(
         full, moments = weight_matrix(source), statistics[cut.name]
         matrix, shift = [], []
         for group, (columns, rows) in enumerate(_places(source, cut)):
-            refit = closed_form(moments, full[group][:, rows], columns, ridge=ridge, group=group)
+            with threads_for(source.columns):
+                refit = closed_form(moments, full[group][:, rows], columns, ridge=ridge, group=group)
             matrix.append(refit.weights)
             shift.append(refit.bias_shift)
         bias = bias_vector(layer)
@@ -177,7 +178,8 @@ def refit_sequential(
     kept_rows = {cut.name: cut.kept_rows for cut in (*pruned.consumers, *pruned.producers)}
     walk = _Walk(original, pruned.model, names, (samples, settings))
     for done, layer in enumerate(walk.layers(), start=1):
-        fit = _best_fit(*walk.paired_sums(layer, kept_rows[layer.name]), settings.ridge)
+        with threads_for(layer.columns):
+            fit = _best_fit(*walk.paired_sums(layer, kept_rows[layer.name]), settings.ridge)
         if fit is not None:
             change, shift = fit
             for contraction in (layer, targets[layer.name]):

@@ -1,20 +1,39 @@
-"""Ridge regression from moments or from rows, and paired moments that are split for validation."""
+"""Ridge regression from moments or from rows, paired moments for validation, and the threads they run on."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
+from threadpoolctl import ThreadpoolController
 
 Matrix: TypeAlias = NDArray[np.float64]
 Array: TypeAlias = NDArray[np.floating]
 
 _LEAST_RIDGE = 1e-9
-_EXACT_COLUMNS = 1024
+EXACT_COLUMNS = 1024
 """Up to here products run in float64; beyond, each call's product in float32 and only the sum in float64."""
+
+
+def threads_for(columns: int) -> contextlib.AbstractContextManager[Any]:
+    """Linear algebra on one thread while the context is open, if it is about few columns.
+
+    Up to about `EXACT_COLUMNS` a second thread gains little, and costs much where OpenVINO's threads or another
+    process want the cores: a refit took 3 to 5 times as long in all on two busy cores.
+    """
+    if columns > EXACT_COLUMNS:
+        return contextlib.nullcontext()
+    return _controller().limit(limits=1, user_api="blas")  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def solve(covariance: Matrix, cross: Matrix, scale: float) -> Matrix:
@@ -69,7 +88,7 @@ class PairedSums:
 
     def add(self, x: Array, e: Array) -> None:
         """Add rows: x [groups, rows, columns], e [groups, rows, outputs]."""
-        dtype = np.float64 if x.shape[2] <= _EXACT_COLUMNS else np.float32
+        dtype = np.float64 if x.shape[2] <= EXACT_COLUMNS else np.float32
         x, e = x.astype(dtype, copy=False), e.astype(dtype, copy=False)
         self.rows += x.shape[1]
         self.x += x.sum(axis=1, dtype=np.float64)

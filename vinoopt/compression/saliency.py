@@ -1,10 +1,11 @@
 """Which units matter: calibration statistics collected once, and the order in which units leave their group.
 
-Memory and time of the statistics: a contraction with K input columns needs 8 K^2 bytes while it is collected
-(4 K^2 to keep, beyond 1024 columns) and 2 n K^2 operations for n rows. A 3x3 convolution of 512 channels
-(K = 4608) takes 170 MB and, for 16,000 rows, 7e11 operations: some seconds on two cores. Beyond `MAX_COLUMNS`
-the moment gives way to at most `MAX_ROWS` sampled rows of 4 K bytes each. Their own moment has that mean, and a
-relative error of about sqrt(K / MAX_ROWS) in spectral norm, so that solutions lean more on the ridge.
+Memory and time of the statistics: a contraction with K input columns needs 16 K^2 bytes while it is collected,
+8 K^2 to keep (4 K^2 beyond 1024 columns), and 2 n K^2 operations for n rows. A 3x3 convolution of 512 channels
+(K = 4608) takes 340 MB and, for 16,000 rows, 7e11 operations: some seconds on two cores. Where 16 K^2 is more
+than the memory allowed (K > 8192 by default), the moment gives way to at most `MAX_ROWS` sampled rows of 4 K
+bytes each. Their own moment has that mean, and a relative error of about sqrt(K / rows) in spectral norm, so that
+solutions lean more on the ridge.
 """
 
 from __future__ import annotations
@@ -31,17 +32,15 @@ from vinoopt.compression.contractions import (
 )
 from vinoopt.compression.elimination import Indices, Matrix, Reader, nested_damage, order_by_surgery
 from vinoopt.compression.groups import Coupling
+from vinoopt.compression.regression import EXACT_COLUMNS, threads_for
 from vinoopt.errors import PlanError
 from vinoopt.serde import nearest
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the work done and the whole work, in samples."""
 
-MAX_COLUMNS = 6144
 MAX_ROWS = 4096
 _SAMPLES_PER_CALL = 16
-_EXACT_COLUMNS = 1024
-"""Up to here products run in float64; beyond, each call's product in float32 and only the sum in float64."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -100,13 +99,14 @@ def collect_statistics(
     """Moments of the input columns of `layers`, from rows at random output positions, in float32 on the CPU.
 
     Each sample gives `rows_per_sample` rows (all, where there are fewer). Layers are taken in turns of at most
-    `memory_bytes` of moments and activations (at least one layer each), one pass over `samples` per turn.
+    `memory_bytes` of moments, one pass over `samples` per turn; a layer that is larger alone keeps sampled rows
+    instead (see the module's docstring). The tensors of one call of up to 16 samples come on top.
     Raises `PlanError` for a name that is no contraction with constant weights, or a depthwise convolution,
     from which single channels cannot be removed; `DataError` for samples that do not fit.
     """
     calls = samples if isinstance(samples, Collection) else list(samples)
     graph = model.clone()
-    turns = _turns(_collectors(graph, layers, (rows_per_sample, seed)), memory_bytes)
+    turns = _turns(_collectors(graph, layers, (rows_per_sample, seed, memory_bytes)), memory_bytes)
     done, total = 0, len(turns) * len(calls)
     finished: dict[str, Moments] = {}
     for number, turn in enumerate(turns, start=1):
@@ -126,10 +126,15 @@ def collect_statistics(
 class _Collector:
     """Sums the moments of one tensor as the contractions in `names` read it."""
 
-    def __init__(self, contraction: Contraction, rows_per_sample: int, seed: int) -> None:
+    def __init__(self, contraction: Contraction, sampling: tuple[int, int, int]) -> None:
+        rows_per_sample, seed, memory_bytes = sampling
         self.names = [contraction.name]
         self.data = contraction.data
-        self.memory_bytes = contraction.groups * 8 * contraction.columns * min(contraction.columns, MAX_ROWS)
+        dense_bytes = 16 * contraction.groups * contraction.columns**2
+        row_bytes = 4 * contraction.groups * contraction.columns
+        self._is_sampled = dense_bytes > memory_bytes
+        self._room = max(2, min(MAX_ROWS, memory_bytes // row_bytes))
+        self.memory_bytes = self._room * row_bytes if self._is_sampled else dense_bytes
         self._reader = RowReader(contraction)
         self._rows_per_sample = rows_per_sample
         self._rng = np.random.default_rng([seed, zlib.crc32(contraction.name.encode())])
@@ -137,7 +142,6 @@ class _Collector:
         self._mean = np.zeros((contraction.groups, contraction.columns))
         self._second: Matrix | None = None
         self._sampled: Array | None = None
-        self._is_sampled = contraction.columns > MAX_COLUMNS
 
     def read(self, tensor: Array) -> None:
         """Add the rows of one call."""
@@ -151,21 +155,22 @@ class _Collector:
             groups, _, columns = rows.shape
             if self._second is None:
                 self._second = np.zeros((groups, columns, columns))
-            exact = rows.astype(np.float64 if columns <= _EXACT_COLUMNS else np.float32, copy=False)
-            for group, part in enumerate(exact):
-                self._second[group] += part.T @ part
+            exact = rows.astype(np.float64 if columns <= EXACT_COLUMNS else np.float32, copy=False)
+            with threads_for(columns):
+                for group, part in enumerate(exact):
+                    self._second[group] += part.T @ part
         self._count += rows.shape[1]
 
     def _sample(self, rows: Array) -> None:
         """Reservoir sampling (Vitter 1985, algorithm R): every row seen so far is kept with the same chance."""
-        room = max(0, MAX_ROWS - self._count)
+        room = max(0, self._room - self._count)
         head = rows[:, :room]
         self._sampled = (
             head.copy() if self._sampled is None else np.concatenate([self._sampled, head], axis=1)
         )
         for offset in range(head.shape[1], rows.shape[1]):
             place = int(self._rng.integers(self._count + offset + 1))
-            if place < MAX_ROWS:
+            if place < self._room:
                 self._sampled[:, place] = rows[:, offset]
 
     def finish(self) -> Moments:
@@ -173,14 +178,14 @@ class _Collector:
         second = None
         if self._second is not None:
             self._second /= self._count
-            is_large = self._second.shape[-1] > _EXACT_COLUMNS
+            is_large = self._second.shape[-1] > EXACT_COLUMNS
             second = self._second.astype(np.float32) if is_large else self._second
         mean = self._mean / self._count
         self._second = None
         return Moments(rows=self._count, mean=mean, second=second, sampled=self._sampled)
 
 
-def _collectors(graph: ov.Model, layers: Sequence[str], sampling: tuple[int, int]) -> list[_Collector]:
+def _collectors(graph: ov.Model, layers: Sequence[str], sampling: tuple[int, int, int]) -> list[_Collector]:
     """One per tensor and way of reading it, in topological order of their first reader."""
     found: dict[tuple[object, ...], _Collector] = {}
     for contraction in select_contractions(graph, layers):
@@ -205,7 +210,7 @@ def _collectors(graph: ov.Model, layers: Sequence[str], sampling: tuple[int, int
         if key in found:
             found[key].names.append(contraction.name)
         else:
-            found[key] = _Collector(contraction, *sampling)
+            found[key] = _Collector(contraction, sampling)
     return list(found.values())
 
 
@@ -270,8 +275,9 @@ def order_units(
             _reader(contractions[units.name], statistics[units.name], units.unit_of, group.units)
             for units in coupling.columns[group.name]
         ]
-        order = CRITERIA[criterion](readers, damping)
-        damage = np.sum([nested_damage(reader, order, damping=damping) for reader in readers], axis=0)
+        with threads_for(max(len(reader.weights) for reader in readers)):
+            order = CRITERIA[criterion](readers, damping)
+            damage = np.sum([nested_damage(reader, order, damping=damping) for reader in readers], axis=0)
         orders[group.name] = UnitOrder(group=group.name, order=tuple(order.tolist()), damage=damage)
     return orders
 
