@@ -15,8 +15,9 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from vinoopt.compression.coupling import FrozenLayer, Labels, Solution, Trace
+from vinoopt.compression.coupling import FrozenLayer, Labels, Trace
 from vinoopt.compression.rules import trace_model
+from vinoopt.compression.solving import Solution, solve
 from vinoopt.compression.vanishing import Wiring, find_vanishing_groups
 from vinoopt.errors import PlanError
 from vinoopt.records import PruningGroup
@@ -94,7 +95,7 @@ def find_groups(model: ov.Model, *, ignored: Sequence[str] = ()) -> Coupling:
     trace = trace_model(ops)
     _ignore(trace, ops, ignored)
     _freeze_stray_constants(trace, ops)
-    solution = trace.solve()
+    solution = solve(trace)
     return _build(ops, trace, solution)
 
 

@@ -10,7 +10,7 @@ import openvino as ov
 import openvino.opset13 as opset
 from numpy.typing import NDArray
 
-from vinoopt.compression.shape_rules import integers
+from vinoopt.compression.constants import integers
 
 Mask = NDArray[np.bool_]
 MaskDims = tuple[Mask | None, ...]

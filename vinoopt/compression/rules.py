@@ -6,13 +6,23 @@ complete: an operator that is not in it freezes what it touches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import openvino as ov
 
-from vinoopt.compression.coupling import Contraction, Dims, Labels, Site, Trace
-from vinoopt.compression.shape_rules import SHAPE_RULES, constant_value
+from vinoopt.compression.constants import constant_value, integers
+from vinoopt.compression.coupling import Trace
+from vinoopt.compression.layer_rules import (
+    attention,
+    convolution,
+    convolution_backprop,
+    einsum,
+    group_convolution,
+    group_convolution_backprop,
+    matmul,
+)
+from vinoopt.compression.shape_rules import SHAPE_RULES
 
 Rule = Callable[[Trace, ov.Node], None]
 
@@ -35,14 +45,15 @@ REDUCTIONS = (
 # fmt: on
 
 
-def known(dims: Sequence[Dims]) -> list[tuple[Labels | None, ...]] | None:
-    """The same list where every rank is known, else None."""
-    found = [each for each in dims if each is not None]
-    return found if len(found) == len(dims) else None
+CUTTABLE = frozenset(
+    getattr(ov.Type, name)
+    for name in ("boolean", "f16", "f32", "f64", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64")
+)
+"""Types whose values numpy holds one by one."""
 
 
-def _inputs(trace: Trace, node: ov.Node, count: int | None = None) -> list[tuple[Labels | None, ...]] | None:
-    return known([trace.dims(node, port) for port in range(count or node.get_input_size())])
+def _broadcasts(node: ov.Node) -> str:
+    return f"'{node.get_friendly_name()}' broadcasts it"
 
 
 def parameter(trace: Trace, node: ov.Node) -> None:
@@ -52,7 +63,11 @@ def parameter(trace: Trace, node: ov.Node) -> None:
 
 def constant(trace: Trace, node: ov.Node) -> None:
     """Every index of a constant is a free atom."""
-    where = f"'{node.get_friendly_name()}' is too long to be channels"
+    name = node.get_friendly_name()
+    if node.get_element_type() not in CUTTABLE:
+        trace.put(node, trace.fixed_dims(node.output(0), f"'{name}' is of type {node.get_element_type()}"))
+        return
+    where = f"'{name}' is too long to be channels"
     trace.put(node, tuple(trace.atoms(size, where) for size in node.get_output_shape(0)))
 
 
@@ -70,41 +85,16 @@ def unary(trace: Trace, node: ov.Node) -> None:
 
 def elementwise(trace: Trace, node: ov.Node) -> None:
     """Operators that broadcast as numpy does link what they bring together."""
-    inputs = _inputs(trace, node)
+    inputs = trace.all_dims(node)
     if inputs is None or node.get_attributes().get("auto_broadcast", "numpy") == "pdpd":
         trace.freeze_node(node, "broadcasting that is not numpy's, or unknown rank")
         return
-    trace.put(node, broadcast(trace, inputs, node))
-
-
-def broadcast(trace: Trace, inputs: Iterable[tuple[Labels | None, ...]], node: ov.Node) -> Dims:
-    """Labels of the numpy broadcast of the inputs; broadcast dimensions of size 1 stay."""
-    reason = f"'{node.get_friendly_name()}' broadcasts it"
-    found: tuple[Labels | None, ...] = ()
-    for dims in inputs:
-        longer, shorter = (found, dims) if len(found) >= len(dims) else (dims, found)
-        lead = len(longer) - len(shorter)
-        joined = [_broadcast_dim(trace, *pair, reason) for pair in zip(longer[lead:], shorter, strict=True)]
-        found = (*longer[:lead], *joined)
-    return found
-
-
-def _broadcast_dim(trace: Trace, one: Labels | None, other: Labels | None, reason: str) -> Labels | None:
-    if one is None or other is None:
-        trace.link(one, other, reason)
-        sized = one if one is not None else other
-        return None if sized is None or sized.size == 1 else trace.fixed(sized.size, reason)
-    if one.size == other.size:
-        trace.link(one, other, reason)
-        return one if (one >= 0).any() else other
-    small, large = (one, other) if one.size == 1 else (other, one)
-    trace.freeze(small, reason)
-    return large
+    trace.put(node, trace.broadcast(inputs, _broadcasts(node)))
 
 
 def prelu(trace: Trace, node: ov.Node) -> None:
     """The slope lies on axis 1 where it is one value per channel, else broadcasts."""
-    inputs = _inputs(trace, node)
+    inputs = trace.all_dims(node)
     if inputs is None:
         trace.freeze_node(node, "unknown rank")
         return
@@ -120,186 +110,7 @@ def prelu(trace: Trace, node: ov.Node) -> None:
             trace.freeze(slope[0], "one slope for all channels")
         trace.put(node, data)
         return
-    trace.put(node, broadcast(trace, (data, slope), node))
-
-
-# --------------------------------------------------------------------------- layers with weights
-
-
-def convolution(trace: Trace, node: ov.Node) -> None:
-    """It reads input channels and makes output channels."""
-    _convolution(trace, node, out_axis=0, in_axis=1)
-
-
-def convolution_backprop(trace: Trace, node: ov.Node) -> None:
-    """A transposed convolution; its weight lies with the input channels first."""
-    _convolution(trace, node, out_axis=1, in_axis=0)
-
-
-def _convolution(trace: Trace, node: ov.Node, *, out_axis: int, in_axis: int) -> None:
-    inputs = _inputs(trace, node, 2)
-    if inputs is None or not trace.is_constant(node, 1):
-        trace.freeze_node(node, "its weight is not constant")
-        return
-    data, weight = inputs
-    name = node.get_friendly_name()
-    for labels in (*data[2:], *weight[2:]):
-        trace.freeze(labels, f"window of '{name}'")
-    rows, columns = weight[out_axis], weight[in_axis]
-    if rows is None or columns is None or data[1] is None:
-        trace.freeze_node(node, "unknown number of channels")
-        return
-    trace.link(data[1], columns, f"channels of '{name}'")
-    trace.contractions.append(
-        Contraction(
-            name=name,
-            node=node.get_name(),
-            columns=columns,
-            rows=rows,
-            data_port=0,
-            column_axis=1,
-            row_axis=1,
-        )
-    )
-    trace.put(node, (data[0], rows, *_window(trace, node)))
-
-
-def _window(trace: Trace, node: ov.Node) -> tuple[Labels | None, ...]:
-    fixed = trace.fixed_dims(node.output(0), f"window of '{node.get_friendly_name()}'")
-    return fixed[2:] if fixed is not None else ()
-
-
-def group_convolution(trace: Trace, node: ov.Node) -> None:
-    """Groups times positions; one channel a group (depthwise) just passes labels on."""
-    _group_convolution(trace, node, out_axis=1, in_axis=2)
-
-
-def group_convolution_backprop(trace: Trace, node: ov.Node) -> None:
-    """The same, with input positions before output positions."""
-    _group_convolution(trace, node, out_axis=2, in_axis=1)
-
-
-def _group_convolution(trace: Trace, node: ov.Node, *, out_axis: int, in_axis: int) -> None:
-    inputs = _inputs(trace, node, 2)
-    if inputs is None or not trace.is_constant(node, 1):
-        trace.freeze_node(node, "its weight is not constant")
-        return
-    data, weight = inputs
-    name = node.get_friendly_name()
-    for labels in (*data[2:], *weight[3:]):
-        trace.freeze(labels, f"window of '{name}'")
-    groups, inner, outer = weight[0], weight[in_axis], weight[out_axis]
-    if data[1] is None or groups is None or inner is None or outer is None:
-        trace.freeze_node(node, "unknown number of channels")
-        return
-    reads = inner.size > 1
-    _factor(trace, node, "columns", data[1], (groups, inner))
-    rows = groups
-    if outer.size > 1:
-        rows = trace.atoms(groups.size * outer.size, f"output of '{name}'")
-        _factor(trace, node, "rows", rows, (groups, outer))
-    else:
-        trace.freeze(outer, f"'{name}' has one output a group")
-    trace.contractions.append(
-        Contraction(
-            name=name,
-            node=node.get_name(),
-            columns=data[1] if reads else np.empty(0, np.int64),
-            rows=rows,
-            data_port=0,
-            column_axis=1,
-            row_axis=1,
-            site=(node.get_name(), "columns"),
-        )
-    )
-    trace.put(node, (data[0], rows, *_window(trace, node)))
-
-
-def _factor(trace: Trace, node: ov.Node, place: str, flat: Labels, factors: tuple[Labels, Labels]) -> None:
-    """The channels of a grouped convolution are groups times positions; whole groups are preferred."""
-    name = node.get_friendly_name()
-    if factors[1].size == 1:
-        trace.freeze(factors[1], f"'{name}' has one channel a group")
-        trace.link(flat, factors[0], f"groups of '{name}'")
-        return
-    site = Site(key=(node.get_name(), place), layer=name, flat=flat, factors=factors, preferred=0)
-    trace.sites.append(site)
-
-
-def matmul(trace: Trace, node: ov.Node) -> None:
-    """With one constant side it is a layer; two activations link batch dimensions and keep what they sum over."""
-    inputs = _inputs(trace, node)
-    attributes = node.get_attributes()
-    name = node.get_friendly_name()
-    if inputs is None or min(len(dims) for dims in inputs) < 2:
-        trace.freeze_node(node, "a product with a vector")
-        return
-    left, right = list(inputs[0]), list(inputs[1])
-    left_sum, right_sum = (-2, -1) if attributes["transpose_a"] else (-1, -2)
-    if attributes["transpose_a"]:
-        left[-2:] = left[-1], left[-2]
-    right_axes = (-1, -2) if attributes["transpose_b"] else (-2, -1)
-    right[-2:] = right[right_axes[0]], right[right_axes[1]]
-    right_sum = right_axes[0]
-    batch = broadcast(trace, (tuple(left[:-2]), tuple(right[:-2])), node) or ()
-    trace.link(left[-1], right[-2], f"sum of '{name}'")
-    constant_ports = [port for port in (0, 1) if trace.is_constant(node, port)]
-    if len(constant_ports) != 1 or left[-1] is None or right[-2] is None:
-        why = f"'{name}' multiplies two activations over it"
-        trace.freeze(left[-1], why)
-        trace.freeze(right[-2], why)
-    else:
-        _matmul_contraction(trace, node, constant_ports[0], (left, right), (left_sum, right_sum))
-    trace.put(node, (*batch, left[-2], right[-1]))
-
-
-def _matmul_contraction(
-    trace: Trace,
-    node: ov.Node,
-    weight_port: int,
-    sides: tuple[Sequence[Labels | None], Sequence[Labels | None]],
-    sums: tuple[int, int],
-) -> None:
-    columns, rows = (sides[0][-1], sides[0][-2]) if weight_port == 0 else (sides[1][-2], sides[1][-1])
-    if columns is None or rows is None:
-        return
-    data_port = 1 - weight_port
-    trace.contractions.append(
-        Contraction(
-            name=node.get_friendly_name(),
-            node=node.get_name(),
-            columns=columns,
-            rows=rows,
-            data_port=data_port,
-            column_axis=sums[data_port],
-            row_axis=-2 if weight_port == 0 else -1,
-        )
-    )
-
-
-def attention(trace: Trace, node: ov.Node) -> None:
-    """Value features and heads pass; the default scale depends on the number of query features."""
-    inputs = _inputs(trace, node)
-    if inputs is None or any(len(dims) < 2 for dims in inputs[:3]) or node.get_input_size() > 5:
-        trace.freeze_node(node, "unknown rank")
-        return
-    name = node.get_friendly_name()
-    query, key, value = inputs[:3]
-    trace.link(query[-1], key[-1], f"scores of '{name}'")
-    trace.freeze(query[-1], f"'{name}' multiplies two activations over it")
-    trace.freeze(key[-1], f"'{name}' multiplies two activations over it")
-    for labels in (query[-2], key[-2], value[-2]):
-        trace.freeze(labels, f"softmax of '{name}'")
-    batch = broadcast(trace, [dims[:-2] for dims in inputs[:3]], node) or ()
-    for extra in inputs[3:]:
-        if len(extra) >= 2:
-            broadcast(trace, [batch, extra[:-2]], node)
-            trace.freeze(extra[-1], f"mask of '{name}'")
-            trace.freeze(extra[-2], f"mask of '{name}'")
-        else:
-            for labels in extra:
-                trace.freeze(labels, f"scale or mask of '{name}'")
-    trace.put(node, (*batch, query[-2], value[-1]))
+    trace.put(node, trace.broadcast((data, slope), _broadcasts(node)))
 
 
 # --------------------------------------------------------------------------- pooling, reductions, norms
@@ -313,11 +124,24 @@ def pool(trace: Trace, node: ov.Node) -> None:
         return
     for labels in dims[2:]:
         trace.freeze(labels, f"window of '{node.get_friendly_name()}'")
-    out = (*dims[:2], *_window(trace, node))
+    out = (*dims[:2], *trace.window_dims(node))
     if node.get_output_size() > 1 and node.output(1).get_target_inputs():
         trace.freeze_node(node, "the positions it found are used")
         return
     trace.put(node, *(out for _ in node.outputs()))
+
+
+def grid_sample(trace: Trace, node: ov.Node) -> None:
+    """Channels pass; where they are sampled stays."""
+    inputs = trace.all_dims(node)
+    if inputs is None or len(inputs[0]) < 2:
+        trace.freeze_node(node, "unknown rank")
+        return
+    data, grid = inputs
+    for labels in (*data[2:], *grid[1:]):
+        trace.freeze(labels, f"grid of '{node.get_friendly_name()}'")
+    trace.link(data[0], grid[0], f"grid of '{node.get_friendly_name()}'")
+    trace.put(node, (data[0], data[1], *trace.window_dims(node)))
 
 
 def axes_of(trace: Trace, node: ov.Node, rank: int) -> list[int] | None:
@@ -361,9 +185,20 @@ def along_axes(trace: Trace, node: ov.Node) -> None:
     trace.put(node, dims)
 
 
+def roll(trace: Trace, node: ov.Node) -> None:
+    """What is rolled stays, the rest passes."""
+    dims, axes = trace.dims(node, 0), integers(node, 2)
+    if dims is None or axes is None:
+        trace.freeze_node(node, "its axes are not constant")
+        return
+    for axis in axes:
+        trace.freeze(dims[axis], f"'{node.get_friendly_name()}' rolls it")
+    trace.put(node, dims)
+
+
 def batch_norm(trace: Trace, node: ov.Node) -> None:
     """Its statistics go with the channels."""
-    inputs = _inputs(trace, node)
+    inputs = trace.all_dims(node)
     if inputs is None or len(inputs[0]) < 2:
         trace.freeze_node(node, "unknown rank")
         return
@@ -386,6 +221,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Softmax", "LogSoftmax", "MVN", "NormalizeL2", "CumSum", "LRN"), along_axes),
     **dict.fromkeys(("MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool"), pool),
     "BatchNormInference": batch_norm,
+    "Einsum": einsum,
+    "GridSample": grid_sample,
     "Constant": constant,
     "Convolution": convolution,
     "ConvolutionBackpropData": convolution_backprop,
@@ -395,6 +232,7 @@ RULES: dict[str, Rule] = {
     "PRelu": prelu,
     "Parameter": parameter,
     "Result": result,
+    "Roll": roll,
     "ScaledDotProductAttention": attention,
     "ShapeOf": shape_of,
 }
