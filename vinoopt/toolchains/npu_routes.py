@@ -198,13 +198,21 @@ def _wine(places: NpuPlaces) -> RouteOption:
         return _absent(name, "used on Linux only")
     if places.wine is None:
         return _absent(name, "wine is not installed", fix=f"{WINE_PACKAGES_HINT}, then {INSTALL_HINT}")
-    ready = places.installation / READY_FILE
-    if not ready.is_file():
+    installed = read_installation(places)
+    if installed is None:
         return _absent(name, f"not installed for OpenVINO {openvino_version()}", fix=INSTALL_HINT)
-    installed = json.loads(ready.read_text(encoding="utf-8"))
     if installed.get("harness_sha256") != harness_sha256():
         return _absent(name, "installed by another version of vinoopt", fix=f"{INSTALL_HINT} again")
     return _present(wine_route(places, version=f"OpenVINO {openvino_version()}, {installed.get('wine')}"))
+
+
+def read_installation(places: NpuPlaces) -> Mapping[str, str] | None:
+    """What `npu_setup.prepare` noted when it was done; None where it was not, or its note is damaged."""
+    try:
+        installed = json.loads((places.installation / READY_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return installed if isinstance(installed, dict) else None
 
 
 def wine_route(places: NpuPlaces, *, version: str) -> Route:

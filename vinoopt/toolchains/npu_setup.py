@@ -31,6 +31,7 @@ from vinoopt.toolchains.npu_routes import (
     NpuPlaces,
     harness_sha256,
     openvino_version,
+    read_installation,
     wine_environment,
     wine_route,
 )
@@ -83,7 +84,7 @@ def prepare(
     folder = places.installation
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / "lock"):
-        if not _is_ready(folder):
+        if not _is_ready(places):
             (folder / READY_FILE).unlink(missing_ok=True)
             digest = _unpack_wheel(folder, wheel, say)
             say("building the harness")
@@ -93,20 +94,16 @@ def prepare(
             say("compiling a trial model")
             _try_out(places)
             _write_ready(folder, {"wine": wine, "wheel_sha256": digest, "harness_sha256": harness_sha256()})
-    installed = json.loads((folder / READY_FILE).read_text(encoding="utf-8"))
+    installed = read_installation(places) or {}
     return Availability(
         ok=True,
         name="Windows NPU compiler under wine",
-        version=f"OpenVINO {openvino_version()}, {installed['wine']}",
+        version=f"OpenVINO {openvino_version()}, {installed.get('wine')}",
     )
 
 
-def _is_ready(folder: Path) -> bool:
-    try:
-        installed = json.loads((folder / READY_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return bool(installed.get("harness_sha256") == harness_sha256())
+def _is_ready(places: NpuPlaces) -> bool:
+    return (read_installation(places) or {}).get("harness_sha256") == harness_sha256()
 
 
 def _write_ready(folder: Path, facts: dict[str, str]) -> None:
