@@ -28,7 +28,7 @@ def device(profile: str, **changes: Any) -> dict[str, Any]:
     assert isinstance(offline, GpuOffline)
     return {
         "name": f"Intel(R) Graphics [{offline.device_id}] (iGPU)",
-        "architecture": f"{offline.architecture}.4",
+        "architecture": f"{offline.architecture.replace('x', '0')}.4",
         "execution_units": offline.execution_units,
         "has_int8": offline.has_int8,
         "has_xmx": offline.has_xmx,
@@ -124,6 +124,7 @@ def test_environment_captures_with_exactly_one_driver(vendors: Path):
     [
         ({"architecture": "12.5.1"}, "architecture 12.5.1 instead of 12.2"),
         ({"architecture": "9.2.9"}, "architecture 9.2.9"),
+        ({"architecture": "12.20.0"}, "architecture 12.20.0"),
         ({"execution_units": 96}, "execution units 96 instead of 32"),
         ({"has_int8": False}, "has int8 False instead of True"),
         ({"has_xmx": True}, "has xmx True instead of False"),
@@ -157,7 +158,9 @@ def test_old_drivers_are_matched_by_major_version(vendors: Path, driver: str, ar
     assert found.ok is ok
 
 
-@pytest.mark.parametrize(("architecture", "ok"), [("12.70.4", True), ("12.74.0", True), ("1.27.0", False)])
+@pytest.mark.parametrize(
+    ("architecture", "ok"), [("12.70.4", True), ("12.71.4", True), ("12.7.0", False), ("12.700.0", False)]
+)
 def test_open_last_digit_of_an_architecture(vendors: Path, architecture: str, ok: bool):
     reported = device("meteor-lake-h", architecture=architecture)
     run = FakeDriver(**{"mtl-h": offers(reported), "mtl": offers(reported)})

@@ -168,7 +168,7 @@ class GpuOffline(Record):
     min_driver: str
     """The oldest driver release (`YY.WW`) that was seen to serve it."""
     architecture: str
-    """`DEVICE_ARCHITECTURE`'s leading part that must come back, as `12.3`."""
+    """`DEVICE_ARCHITECTURE`'s leading part that must come back, as `12.3`; `12.7x` leaves its last digit open."""
     execution_units: int
     has_int8: bool
     has_xmx: bool

@@ -32,6 +32,7 @@ _OFFLINE: dict[str, type[Record]] = {"CPU": CpuOffline, "GPU": GpuOffline, "NPU"
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _GRID = re.compile(r"([1-9]\d?)x([1-9]\d?)x([1-9]\d?)")
 _PCI_ID = re.compile(r"0x[0-9a-f]{4}")
+_ARCHITECTURE = re.compile(r"\d+\.\d+x?")
 _RELEASE = re.compile(r"\d{2}\.\d{2}")
 
 
@@ -288,7 +289,7 @@ def _gpu_findings(offline: GpuOffline, where: str) -> Iterator[Diagnostic]:
     for key, value, pattern, example in (
         ("device_id", offline.device_id, _PCI_ID, "0x46a6"),
         ("min_driver", offline.min_driver, _RELEASE, "23.43"),
-        ("architecture", offline.architecture, re.compile(r"\d+\.\d+"), "12.3"),
+        ("architecture", offline.architecture, _ARCHITECTURE, "12.3, or 12.7x for any last digit"),
     ):
         if not pattern.fullmatch(value):
             yield _error("PROFILE_GPU", f'{where}.{key} "{value}": write it as {example}')

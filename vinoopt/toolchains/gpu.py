@@ -173,26 +173,16 @@ def _check_identity(device: dict[str, Any], offline: GpuOffline) -> None:
         raise ToolchainMissing(
             f"driver {device['driver']} is older than {offline.min_driver}, the first known to serve it"
         )
-    offered = str(device["architecture"])
     wanted = offline.architecture
     if release < _EXACT_ARCHITECTURES:
         wanted = f"{wanted.partition('.')[0]}.0"
     differences = [
-        f"{what} {offered_value} instead of {wanted_value}"
-        for what, offered_value, wanted_value, is_same in (
-            ("architecture", offered, wanted, _is_within(offered, wanted)),
-            *(
-                (
-                    what.replace("_", " "),
-                    device[what],
-                    getattr(offline, what),
-                    device[what] == getattr(offline, what),
-                )
-                for what in ("execution_units", "has_int8", "has_xmx")
-            ),
-        )
-        if not is_same
+        f"{key.replace('_', ' ')} {device[key]} instead of {getattr(offline, key)}"
+        for key in ("execution_units", "has_int8", "has_xmx")
+        if device[key] != getattr(offline, key)
     ]
+    if not _is_within(str(device["architecture"]), wanted):
+        differences.append(f"architecture {device['architecture']} instead of {wanted}")
     if differences:
         raise ToolchainMissing(
             f"driver {device['driver']} offered another device, {device['name']}: {', '.join(differences)}"
@@ -200,9 +190,9 @@ def _check_identity(device: dict[str, Any], offline: GpuOffline) -> None:
 
 
 def _is_within(offered: str, wanted: str) -> bool:
-    """Whether `12.70.4` is of architecture `12.70`, or of `12.7` where that leaves the last digit open."""
-    parts = offered.split(".")
-    return len(parts) >= 2 and ".".join(parts[:2]).startswith(wanted) and parts[0] == wanted.partition(".")[0]
+    """Whether `12.70.4` is of architecture `12.70`, or of `12.7x`."""
+    pattern = re.escape(wanted).replace("x", r"\d")
+    return re.match(rf"{pattern}(\.|$)", offered) is not None
 
 
 def _release(version: str) -> tuple[int, ...]:
