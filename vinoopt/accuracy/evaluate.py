@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -83,39 +84,45 @@ def predict(
     needs `INFERENCE_PRECISION_HINT` `f32`. Variables of stateful models are reset before every call. Raises
     `DeviceError` where OpenVINO cannot compile or run it.
     """
-    # Compiling gives names to outputs that have none, different ones in every model.
-    names = [_output_name(output, number) for number, output in enumerate(model.outputs)]
+    names = output_names(model)
     compiled = _compiled(model, device, properties or {})
-    store, waiting = Predictions(), dict[int, dict[str, Array]]()
-    total = len(dataset)
-
-    def collect(request: ov.InferRequest, userdata: tuple[int, Any]) -> None:
-        values = [np.array(request.get_output_tensor(n).data) for n in range(len(names))]
-        waiting[userdata[0]] = dict(zip(names, values, strict=True))
-
-    def flush() -> None:
-        while len(store) in waiting:
-            store.append(waiting.pop(len(store)))
-        if progress is not None:
-            progress(len(store), total)
-
     try:
-        queue = ov.AsyncInferQueue(compiled)
-        queue.set_callback(collect)
-        is_stateful = bool(queue[0].query_state())
-        for index in range(total):
-            sample = dataset[index]
-            if is_stateful:
-                queue[queue.get_idle_request_id()].reset_state()
-            # The sample travels with the request: its memory is shared and must outlive the inference.
-            queue.start_async(sample, userdata=(index, sample), share_inputs=True)
-            flush()
-        queue.wait_all()
+        return _infer(compiled, names, dataset, progress)
     except RuntimeError as exc:
         raise DeviceError(f"inference on {device} failed: {exc}") from exc
-    flush()
-    if len(store) != total:
-        raise DeviceError(f"inference on {device} gave {len(store)} results for {total} calls")
+
+
+def _infer(
+    compiled: ov.CompiledModel, names: Sequence[str], dataset: Dataset, progress: Progress | None
+) -> Predictions:
+    """Predictions through a ring of requests, taken in turn, so that results come in order.
+
+    OpenVINO's own queue calls back into Python from its threads; it can hang for ever when it is taken down
+    while the last callback still waits for the interpreter.
+    """
+    count = max(int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")), 1)
+    ring = [compiled.create_infer_request() for _ in range(min(count, max(len(dataset), 1)))]
+    is_stateful = bool(ring[0].query_state())
+    feeding: deque[tuple[ov.InferRequest, Any]] = deque()
+    store = Predictions()
+
+    def finish_first() -> None:
+        request, _ = feeding.popleft()
+        request.wait()
+        store.append({n: np.array(request.get_output_tensor(i).data) for i, n in enumerate(names)})
+        if progress is not None:
+            progress(len(store), len(dataset))
+
+    for index in range(len(dataset)):
+        if len(feeding) == len(ring):
+            finish_first()
+        request, sample = ring[index % len(ring)], dataset[index]
+        if is_stateful:
+            request.reset_state()
+        request.start_async(sample, share_inputs=True)
+        feeding.append((request, sample))  # the sample's memory is shared and must outlive the inference
+    while feeding:
+        finish_first()
     return store
 
 
@@ -128,6 +135,14 @@ def _compiled(
         return ov.Core().compile_model(model, device, {"PERFORMANCE_HINT": "THROUGHPUT", **properties})
     except RuntimeError as exc:
         raise DeviceError(f"cannot be compiled for {device} with {dict(properties)}: {exc}") from exc
+
+
+def output_names(model: ov.Model | ov.CompiledModel) -> list[str]:
+    """The ONNX names of a model's outputs, as `Predictions` hold them; to be asked before compiling.
+
+    Compiling gives names to outputs that have none, different ones in every model.
+    """
+    return [_output_name(output, number) for number, output in enumerate(model.outputs)]
 
 
 def _output_name(output: Any, number: int) -> str:
@@ -242,7 +257,7 @@ def paired_drop(
         )
     value = sign * (reference.value - candidate.value) / (abs(reference.value) if relative else 1.0)
     (low, high), method, needed = _interval(
-        metric, reference, candidate, relative=relative, value=value, limit=budget.max_drop, seed=seed
+        metric, reference, candidate, value=value, budget=budget, seed=seed
     )
     verdict = _verdict(value, high, budget.max_drop)
     return Drop(
@@ -271,17 +286,11 @@ _Found = tuple[intervals.Interval, str, int | None]
 
 
 def _interval(
-    metric: Metric,
-    reference: Scores,
-    candidate: Scores,
-    *,
-    relative: bool,
-    value: float,
-    limit: float,
-    seed: int,
+    metric: Metric, reference: Scores, candidate: Scores, *, value: float, budget: AccuracyBudget, seed: int
 ) -> _Found:
-    """The interval, how it was found, and how many samples would bring its upper end down to `limit`."""
-    samples = len(reference.statistics)
+    """The interval, how it was found, and how many samples would bring its upper end inside the budget."""
+    samples, limit = len(reference.statistics), budget.max_drop
+    relative = budget.drop_type is DropType.RELATIVE
     if not np.isfinite(value):
         return (value, value), "not finite", None
     if metric.is_mean:
