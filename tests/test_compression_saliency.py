@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from openvino import opset13 as opset
 
 from vinoopt.compression.contractions import (
-    RowReader,
     bias_vector,
     index_contractions,
     replace_bias,
@@ -21,6 +20,7 @@ from vinoopt.compression.contractions import (
 )
 from vinoopt.compression.elimination import Reader, nested_damage, order_by_surgery
 from vinoopt.compression.groups import find_groups
+from vinoopt.compression.im2col import RowReader
 from vinoopt.compression.saliency import CRITERIA, collect_statistics, order_units
 from vinoopt.errors import DataError, PlanError
 
@@ -327,7 +327,7 @@ def test_what_cannot_be_addressed_is_refused():
 # --------------------------------------------------------------------------- order
 
 
-def random_reader(rng, *, units, taps, fixed, outputs):
+def random_reader(rng, *, units, taps, fixed, outputs, damping=1e-3):
     columns = units * taps + fixed
     mixing = rng.standard_normal((columns, columns)) * (0.1 + rng.random(columns))
     rows = rng.standard_normal((3 * columns, columns)) @ mixing
@@ -336,12 +336,15 @@ def random_reader(rng, *, units, taps, fixed, outputs):
         covariance=rows.T @ rows / len(rows),
         weights=rng.standard_normal((columns, outputs)) * (0.05 + rng.random((columns, 1))),
         unit_columns=tuple(places[unit * taps : (unit + 1) * taps] for unit in range(units)),
+        damping=damping,
     )
 
 
-def refit_loss(reader, gone, damping):
+def refit_loss(reader, gone):
     """Loss of the best refit without the units in `gone`, relative; straight from the normal equations."""
-    matrix = reader.covariance + damping * np.mean(np.diag(reader.covariance)) * np.eye(len(reader.weights))
+    matrix = reader.covariance + reader.damping * np.mean(np.diag(reader.covariance)) * np.eye(
+        len(reader.weights)
+    )
     removed = np.concatenate([reader.unit_columns[unit] for unit in gone])
     kept = np.setdiff1d(np.arange(len(matrix)), removed)
     schur = matrix[np.ix_(removed, removed)] - matrix[np.ix_(removed, kept)] @ np.linalg.solve(
@@ -360,15 +363,15 @@ def refit_loss(reader, gone, damping):
 def test_surgery_takes_the_cheapest_unit_at_every_step(seed, taps, fixed, readers):
     rng = np.random.default_rng(seed)
     pool = [random_reader(rng, units=7, taps=taps, fixed=fixed, outputs=3) for _ in range(readers)]
-    order = order_by_surgery(pool, damping=1e-3)
+    order = order_by_surgery(pool)
     assert sorted(order) == list(range(7))
     losses = [0.0]
     for step, unit in enumerate(order):
         gone = list(order[:step])
-        costs = {u: sum(refit_loss(r, [*gone, u], 1e-3) for r in pool) for u in range(7) if u not in gone}
+        costs = {u: sum(refit_loss(r, [*gone, u]) for r in pool) for u in range(7) if u not in gone}
         assert costs[unit] <= min(costs.values()) * (1 + 1e-6)
         losses.append(costs[unit])
-    damage = sum(nested_damage(reader, order, damping=1e-3) for reader in pool)
+    damage = sum(nested_damage(reader, order) for reader in pool)
     np.testing.assert_allclose(damage[::-1], losses, rtol=1e-6, atol=1e-9)
 
 
@@ -376,14 +379,14 @@ def test_surgery_is_exact_across_its_delayed_updates():
     reader = random_reader(
         np.random.default_rng(0), units=120, taps=3, fixed=7, outputs=4
     )  # 360 columns: two settlings
-    order = order_by_surgery([reader], damping=1e-2)
-    damage = nested_damage(reader, order, damping=1e-2)
+    order = order_by_surgery([reader])
+    damage = nested_damage(reader, order)
     assert (np.diff(damage) <= 1e-12).all()
     for kept in (100, 60, 20, 3):
-        assert damage[kept] == pytest.approx(refit_loss(reader, list(order[: 120 - kept]), 1e-2), rel=1e-6)
+        assert damage[kept] == pytest.approx(refit_loss(reader, list(order[: 120 - kept])), rel=1e-6)
     for step in (90, 110):  # later than the first settling
         gone = list(order[:step])
-        costs = {u: refit_loss(reader, [*gone, u], 1e-2) for u in range(120) if u not in gone}
+        costs = {u: refit_loss(reader, [*gone, u]) for u in range(120) if u not in gone}
         assert min(costs, key=costs.get) == order[step]
 
 
@@ -394,10 +397,11 @@ def test_a_reader_that_does_not_see_a_unit_is_not_asked_about_it():
         covariance=np.eye(2),
         weights=np.ones((2, 1)),
         unit_columns=(*[np.empty(0, int)] * 3, np.array([0, 1])),
+        damping=1e-3,
     )
-    order = order_by_surgery([reader, blind], damping=1e-3)
+    order = order_by_surgery([reader, blind])
     assert order[3] == 3  # all that `blind` reads
-    assert order[0] == min(range(3), key=lambda unit: refit_loss(reader, [unit], 1e-3))
+    assert order[0] == min(range(3), key=lambda unit: refit_loss(reader, [unit]))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -427,7 +431,7 @@ def test_a_unit_that_never_moves_goes_first(criterion):
     replace_weights(layer, weights)
     replace_bias(layer, bias)
     statistics = collect_statistics(model, ["second", "head"], chain_samples(64))
-    order = order_units(model, find_groups(model), statistics, criterion=criterion, damping=1e-8)["second"]
+    order = order_units(model, find_groups(model), statistics, criterion=criterion, ridge=1e-8)["second"]
     assert order.order[0] == 5
     assert order.damage[7] < 1e-6
 
@@ -442,7 +446,7 @@ def test_surgery_finds_the_duplicate_that_energy_cannot_see():
     replace_bias(layer, bias)
     statistics = collect_statistics(model, ["second", "head"], chain_samples(64))
     coupling = find_groups(model)
-    order = order_units(model, coupling, statistics, criterion="obs", damping=1e-6)["first"]
+    order = order_units(model, coupling, statistics, criterion="obs", ridge=1e-6)["first"]
     assert order.order[0] in (2, 9)
     assert order.damage[11] < 1e-4
 
@@ -451,10 +455,10 @@ def test_reduced_statistics_bound_the_damage_from_above():
     samples = chain_samples(400)
     model, coupling = chain(), find_groups(chain())
     full = collect_statistics(model, ["second", "head"], samples, seed=1)
-    exact = order_units(model, coupling, full, criterion="energy", damping=1e-6)["second"]
+    exact = order_units(model, coupling, full, criterion="energy", ridge=1e-6)["second"]
     rows = collect_statistics(model, ["second", "head"], samples, seed=1, memory_bytes=16 * 128**2 - 1)
     assert rows["head"].second is None
-    bound = order_units(model, coupling, rows, criterion="obs", damping=1e-6)["second"]
+    bound = order_units(model, coupling, rows, criterion="obs", ridge=1e-6)["second"]
     exact_at = {frozenset(exact.kept(width)): exact.damage[width] for width in range(9)}
     shared = [width for width in range(9) if frozenset(bound.kept(width)) in exact_at]
     assert {0, 8} <= set(shared)

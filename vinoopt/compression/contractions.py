@@ -55,6 +55,22 @@ class Contraction:
         return self.node.input_value(self.data_port)
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+        return self.type in _TRANSPOSED
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of its output that the channels lie on."""
+        if self.type != "MatMul":
+            return 1
+        return -1 if self.weight_port == 1 else -2
+
+    def is_flipped(self, port: int) -> bool:
+        """Whether a MatMul transposes the operand at `port`."""
+        return bool(self.node.get_attributes()["transpose_b" if port else "transpose_a"])
+
+    @property
     def is_depthwise(self) -> bool:
         """Whether every group reads one channel: nothing can be removed from it but whole groups."""
         return self.groups > 1 and self.columns == self.taps
@@ -89,7 +105,8 @@ def _contraction(node: ov.Node) -> Contraction | None:
     if kind == "MatMul":
         if len(shape) != 2:
             return None
-        rows_first = _matmul_flags(node)[port] == (port == 0)
+        flag = node.get_attributes()["transpose_b" if port else "transpose_a"]
+        rows_first = bool(flag) == (port == 0)
         columns, outputs = shape if rows_first else shape[::-1]
         groups, taps = 1, 1
     else:
@@ -108,11 +125,6 @@ def _contraction(node: ov.Node) -> Contraction | None:
         outputs=outputs,
         taps=taps,
     )
-
-
-def _matmul_flags(node: ov.Node) -> tuple[bool, bool]:
-    attributes = node.get_attributes()
-    return bool(attributes["transpose_a"]), bool(attributes["transpose_b"])
 
 
 def _weight_constant(source: ov.Output) -> ov.Node | None:
@@ -136,9 +148,7 @@ def weight_matrix(contraction: Contraction) -> NDArray[np.float64]:
     values = constant.get_data().astype(np.float64).reshape(tuple(source.get_shape()))
     grouped = values if contraction.type in _GROUPED else values[None]
     if contraction.type == "MatMul":
-        rows_first = _matmul_flags(contraction.node)[contraction.weight_port] == (
-            contraction.weight_port == 0
-        )
+        rows_first = contraction.is_flipped(contraction.weight_port) == (contraction.weight_port == 0)
         return np.ascontiguousarray(grouped if rows_first else grouped.transpose(0, 2, 1))
     grouped = np.moveaxis(grouped, 1 if contraction.type in _CONVOLUTIONS else 2, -1)
     return np.ascontiguousarray(grouped.reshape(contraction.groups, contraction.columns, contraction.outputs))
@@ -173,9 +183,7 @@ def _from_matrix(contraction: Contraction, matrix: Array, shape: tuple[int, ...]
             f"{contraction.groups} groups of {contraction.columns} columns and {contraction.outputs} outputs"
         )
     if contraction.type == "MatMul":
-        rows_first = _matmul_flags(contraction.node)[contraction.weight_port] == (
-            contraction.weight_port == 0
-        )
+        rows_first = contraction.is_flipped(contraction.weight_port) == (contraction.weight_port == 0)
         plain: Array = matrix[0] if rows_first else matrix[0].T
         return plain
     grouped_shape = shape if contraction.type in _GROUPED else (1, *shape)
@@ -208,7 +216,7 @@ def replace_bias(contraction: Contraction, bias: Array) -> None:
     """Put `bias` ([groups * outputs]) in place of the added constant; where there is none, add one."""
     output = contraction.node.output(0)
     shape = [1] * output.get_partial_shape().rank.get_length()
-    shape[_channel_axis(contraction)] = -1
+    shape[contraction.channel_axis] = -1
     constant = _constant(bias.reshape(shape), output.get_element_type())
     found = _bias_add(contraction)
     if found is not None:
@@ -238,7 +246,7 @@ def _bias_add(contraction: Contraction) -> tuple[ov.Node, int] | None:
     if len(shape) > rank:
         return None
     padded = (1,) * (rank - len(shape)) + shape
-    axis = _channel_axis(contraction) % rank
+    axis = contraction.channel_axis % rank
     others = [size for index, size in enumerate(padded) if index != axis]
     fits = padded[axis] in (1, contraction.groups * contraction.outputs)
     return (add, port) if fits and all(size == 1 for size in others) else None
@@ -251,12 +259,6 @@ def _has_fake_quantize(source: ov.Output) -> bool:
             return True
         node = node.input_value(0).get_node()
     return False
-
-
-def _channel_axis(contraction: Contraction) -> int:
-    if contraction.type != "MatMul":
-        return 1
-    return -1 if contraction.weight_port == 1 else -2
 
 
 def _only_reader(output: ov.Output, kind: str) -> ov.Node | None:
@@ -287,158 +289,3 @@ def residual_join(contraction: Contraction) -> tuple[ov.Output, ov.Output] | Non
         return None
     same = other.get_partial_shape() == output.get_partial_shape() == add.get_output_partial_shape(0)
     return (add.output(0), other) if same else None
-
-
-# --------------------------------------------------------------------------- rows
-
-
-class RowReader:
-    """Reads sampled rows of a contraction's input and output tensors at the same output positions."""
-
-    def __init__(self, contraction: Contraction) -> None:
-        self._contraction = contraction
-        self._tables: dict[tuple[int, ...], tuple[Indices, NDArray[np.bool_]]] = {}
-
-    def output_shape(self, input_shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the output tensor for an input tensor of `input_shape`."""
-        contraction = self._contraction
-        made = contraction.groups * contraction.outputs
-        if contraction.type == "MatMul":
-            shape = list(input_shape)
-            del shape[self._data_axis(len(shape))]
-            if contraction.weight_port == 1 or len(input_shape) == 1:
-                return (*shape, made)
-            return (*shape[:-1], made, shape[-1])
-        size, attributes = tuple(input_shape)[2:], contraction.node.get_attributes()
-        kernel = _kernel(contraction, len(size))
-        reach = [
-            (tap - 1) * dilation + 1 for tap, dilation in zip(kernel, attributes["dilations"], strict=True)
-        ]
-        paired = zip(size, attributes["strides"], reach, strict=True)
-        if contraction.type in _TRANSPOSED:
-            full = [(length - 1) * stride + span for length, stride, span in paired]
-            extra = attributes["output_padding"]
-            begins, ends = attributes["pads_begin"], attributes["pads_end"]
-            places = [f - b - e + x for f, b, e, x in zip(full, begins, ends, extra, strict=True)]
-        elif str(attributes["auto_pad"]).startswith("same"):
-            places = [-(-length // stride) for length, stride, _ in paired]
-        else:
-            is_explicit = str(attributes["auto_pad"]) == "explicit"
-            both = zip(attributes["pads_begin"], attributes["pads_end"], strict=True)
-            pads = [begin + end if is_explicit else 0 for begin, end in both]
-            places = [
-                (length + pad - span) // stride + 1
-                for (length, stride, span), pad in zip(paired, pads, strict=True)
-            ]
-        return (input_shape[0], made, *places)
-
-    def _data_axis(self, rank: int) -> int:
-        """Axis of a MatMul's data that is summed over."""
-        port = self._contraction.data_port
-        flag = _matmul_flags(self._contraction.node)[port]
-        return rank - 1 if rank == 1 or flag == (port == 1) else rank - 2
-
-    def positions(self, output_shape: Sequence[int], count: int, rng: np.random.Generator) -> Indices:
-        """[samples, <= count] random output positions without repetition, the same number for every sample."""
-        samples, places = self._layout(tuple(output_shape))
-        if places <= count:
-            return np.broadcast_to(np.arange(places), (samples, places))
-        keys = rng.random((samples, places))
-        return np.sort(np.argpartition(keys, count, axis=1)[:, :count], axis=1)
-
-    def _layout(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        axis = _channel_axis(self._contraction) % len(shape)
-        rest = [size for index, size in enumerate(shape) if index != axis]
-        return (rest[0], math.prod(rest[1:])) if rest else (1, 1)
-
-    def output_rows(self, tensor: Array, positions: Indices) -> Array:
-        """[rows, groups * outputs] of an output tensor (or one of its shape)."""
-        axis = _channel_axis(self._contraction) % tensor.ndim
-        samples, places = self._layout(tensor.shape)
-        spread = np.moveaxis(tensor, axis, -1).reshape(samples, places, tensor.shape[axis])
-        return _take(spread, positions)
-
-    def input_rows(self, tensor: Array, output_shape: Sequence[int], positions: Indices) -> Array:
-        """[groups, rows, columns] of the input tensor: what the chosen output positions read."""
-        if self._contraction.type == "MatMul":
-            spread = np.moveaxis(tensor, self._data_axis(tensor.ndim), -1)
-            samples, places = self._layout(tuple(output_shape))
-            return _take(spread.reshape(samples, places, spread.shape[-1]), positions)[None]
-        return self._patches(tensor, tuple(output_shape)[2:], positions)
-
-    def _patches(self, tensor: Array, places: tuple[int, ...], positions: Indices) -> Array:
-        samples, channels, *size = tensor.shape
-        key = (*size, *places)
-        if key not in self._tables:
-            self._tables[key] = _source_table(self._contraction, tuple(size), places)
-        table, inside = self._tables[key]
-        flat = tensor.reshape(samples, channels, -1)
-        count, taps = positions.shape[1], table.shape[1]
-        rows = np.empty((samples, count, channels, taps), dtype=tensor.dtype)
-        for sample, chosen in enumerate(positions):
-            patch = flat[sample][:, table[chosen].ravel()].reshape(channels, count, taps)
-            rows[sample] = patch.transpose(1, 0, 2) * inside[chosen][:, None, :]
-        groups = self._contraction.groups
-        grouped: Array = rows.reshape(samples * count, groups, -1).transpose(1, 0, 2)
-        return grouped
-
-
-def _take(spread: Array, positions: Indices) -> Array:
-    taken: Array = np.take_along_axis(spread, positions[:, :, None], axis=1)
-    return taken.reshape(-1, spread.shape[-1])
-
-
-def _kernel(contraction: Contraction, rank: int) -> tuple[int, ...]:
-    return tuple(contraction.node.input_value(contraction.weight_port).get_shape())[-rank:]
-
-
-def _source_table(
-    contraction: Contraction, size: tuple[int, ...], places: tuple[int, ...]
-) -> tuple[Indices, NDArray[np.bool_]]:
-    """For every output position and tap: the flat input position it reads, and whether that lies inside."""
-    attributes = contraction.node.get_attributes()
-    kernel = _kernel(contraction, len(size))
-    begins = _pads_begin(contraction, attributes, (kernel, size, places))
-    rank = len(size)
-    flat = np.zeros((1,) * (2 * rank), dtype=np.intp)
-    inside = np.ones((1,) * (2 * rank), dtype=np.bool_)
-    for axis in range(rank):
-        stride, dilation = attributes["strides"][axis], attributes["dilations"][axis]
-        place = np.arange(places[axis])[:, None]
-        tap = np.arange(kernel[axis])[None, :]
-        if contraction.type in _TRANSPOSED:
-            spread = place + begins[axis] - tap * dilation
-            source, valid = spread // stride, spread % stride == 0
-        else:
-            source = place * stride - begins[axis] + tap * dilation
-            valid = np.ones_like(source, dtype=np.bool_)
-        valid &= (source >= 0) & (source < size[axis])
-        shape = [1] * (2 * rank)
-        shape[axis], shape[rank + axis] = places[axis], kernel[axis]
-        flat = flat * size[axis] + np.where(valid, source, 0).reshape(shape)
-        inside = inside & valid.reshape(shape)
-    taps = math.prod(kernel)
-    return flat.reshape(-1, taps), inside.reshape(-1, taps)
-
-
-def _pads_begin(
-    contraction: Contraction,
-    attributes: dict[str, object],
-    extents: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
-) -> list[int]:
-    """Padding before the first input of each axis, worked out from the shapes where the model leaves it open."""
-    auto_pad = str(attributes["auto_pad"])
-    if auto_pad == "explicit":
-        return list(attributes["pads_begin"])  # type: ignore[call-overload, no-any-return]
-    if contraction.type in _TRANSPOSED:
-        raise CompressionError(
-            f'"{contraction.name}" is a transposed convolution with auto_pad={auto_pad}; give it explicit padding'
-        )
-    if auto_pad == "valid":
-        return [0] * len(extents[0])
-    strides, dilations = attributes["strides"], attributes["dilations"]
-    totals = [
-        max((place - 1) * stride + (tap - 1) * dilation + 1 - size, 0)
-        for tap, size, place, stride, dilation in zip(*extents, strides, dilations, strict=True)  # type: ignore[call-overload]
-    ]
-    return [total // 2 if auto_pad == "same_upper" else total - total // 2 for total in totals]

@@ -37,6 +37,8 @@ class Reader:
     """[columns, outputs]"""
     unit_columns: tuple[Indices, ...]
     """Per unit; empty where this reader does not see the unit."""
+    damping: float
+    """Added to the diagonal of the covariance, as a share of its mean: how little the samples are trusted."""
 
     @property
     def variance(self) -> float:
@@ -44,14 +46,13 @@ class Reader:
         return float(np.einsum("ij,ij->", self.covariance @ self.weights, self.weights))
 
 
-def order_by_surgery(readers: Sequence[Reader], *, damping: float) -> Indices:
+def order_by_surgery(readers: Sequence[Reader]) -> Indices:
     """Units in the order of greedy elimination, cheapest first: at each step the one that costs the readers least.
 
-    A reader's cost counts relative to the variance of its outputs. `damping` times the mean of the diagonal is
-    added to every covariance. For U units of t columns among K, with O outputs, a reader takes O(U t K (K + O))
-    operations and two K x K matrices.
+    A reader's cost counts relative to the variance of its outputs. For U units of t columns among K, with O outputs,
+    a reader takes O(U t K (K + O)) operations and two K x K matrices.
     """
-    states = [_Elimination(reader, damping) for reader in readers]
+    states = [_Elimination(reader) for reader in readers]
     units = states[0].total
     alive = np.ones(units, dtype=np.bool_)
     order = np.empty(units, dtype=np.intp)
@@ -64,7 +65,7 @@ def order_by_surgery(readers: Sequence[Reader], *, damping: float) -> Indices:
     return order
 
 
-def nested_damage(reader: Reader, order: Indices, *, damping: float) -> Matrix:
+def nested_damage(reader: Reader, order: Indices) -> Matrix:
     """[units + 1]: share of the outputs' variance lost when so many units are kept and the rest leave in `order`.
 
     The columns that stay are refitted. One Cholesky factor serves all widths: with the columns sorted by how
@@ -75,7 +76,7 @@ def nested_damage(reader: Reader, order: Indices, *, damping: float) -> Matrix:
     fixed = _fixed_columns(reader)
     columns = np.concatenate([fixed, *staying])
     ends = len(fixed) + np.cumsum([0, *map(len, staying)])
-    factor = cholesky(_damped(reader.covariance, damping)[np.ix_(columns, columns)], lower=False)
+    factor = cholesky(_damped(reader)[np.ix_(columns, columns)], lower=False)
     energy = np.square(factor @ reader.weights[columns]).sum(axis=1)
     lost = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
     damage: Matrix = lost[ends] / max(reader.variance, np.finfo(np.float64).tiny)
@@ -89,9 +90,9 @@ def _fixed_columns(reader: Reader) -> Indices:
     return np.flatnonzero(is_fixed)
 
 
-def _damped(covariance: Matrix, damping: float) -> Matrix:
-    damped: Matrix = covariance.copy()
-    level = damping * float(np.mean(np.diag(covariance)))
+def _damped(reader: Reader) -> Matrix:
+    damped: Matrix = reader.covariance.copy()
+    level = reader.damping * float(np.mean(np.diag(damped)))
     damped[np.diag_indices_from(damped)] += max(level, _LEAST_DAMPING)
     return damped
 
@@ -103,7 +104,7 @@ class _Elimination:
     the fixed ones behind. The inverse is kept as `base - pending @ pending.T`.
     """
 
-    def __init__(self, reader: Reader, damping: float) -> None:
+    def __init__(self, reader: Reader) -> None:
         taps = max(1, max(map(len, reader.unit_columns)))
         units = len(reader.unit_columns)
         layout = np.full((units, taps), -1, dtype=np.intp)
@@ -119,9 +120,7 @@ class _Elimination:
         self._weights /= max(reader.variance, np.finfo(np.float64).tiny) ** 0.5
         self._base = np.eye(len(source))
         real = np.flatnonzero(is_real)
-        self._base[np.ix_(real, real)] = _inverse(_damped(reader.covariance, damping))[
-            np.ix_(source[real], source[real])
-        ]
+        self._base[np.ix_(real, real)] = _inverse(_damped(reader))[np.ix_(source[real], source[real])]
         self._pending = np.empty((len(source), 0))
         self._blocks = self._diagonal_blocks()
         self.total = units

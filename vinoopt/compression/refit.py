@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from vinoopt.compression.activations import ActivationStream, Sample, iterate_calls
 from vinoopt.compression.contractions import (
     Contraction,
-    RowReader,
     bias_vector,
     biased_output,
     index_contractions,
@@ -31,6 +30,7 @@ from vinoopt.compression.contractions import (
     select_contractions,
     weight_matrix,
 )
+from vinoopt.compression.im2col import RowReader
 from vinoopt.compression.regression import PairedSums, solve, solve_rows, threads_for
 from vinoopt.compression.saliency import Moments, Statistics
 from vinoopt.compression.surgery import LayerCut, PrunedModel
@@ -203,6 +203,35 @@ def _best_fit(fitted: PairedSums, held_back: PairedSums, ridge: float | None) ->
     return None if best is None else (fitted + held_back).solve(best)
 
 
+def correct_bias(
+    original: ov.Model,
+    compressed: ov.Model,
+    samples: Iterable[Sample],
+    layers: Sequence[str],
+    *,
+    kept_rows: Mapping[str, Indices] | None = None,
+    settings: RefitSettings = RefitSettings(),
+) -> ov.Model:
+    """The compressed model with the biases of `layers` set so that their mean outputs are the float model's.
+
+    Layer by layer in topological order, each seeing the layers before it corrected; a layer that feeds a residual
+    add is judged behind it (see `RefitSettings.residual`). `compressed` may be pruned and quantized; `kept_rows`
+    says which channels of `original` a layer still makes, all where it is not named. After Nagel et al. 2019,
+    arXiv 1906.04721, section 4.2, with means measured on both sides. A layer changes only where that brings its
+    means on held-back samples closer. Raises `PlanError` for a name that is no contraction.
+    """
+    result = compressed.clone()
+    targets = index_contractions(result)
+    walk = _Walk(original, compressed, layers, (samples, settings))
+    for layer in walk.layers():
+        shift = walk.mean_error(layer, (kept_rows or {}).get(layer.name))
+        if shift is not None:
+            for contraction in (layer, targets[layer.name]):
+                bias = bias_vector(contraction)
+                replace_bias(contraction, shift + (0.0 if bias is None else bias))
+    return result
+
+
 class _Walk:
     """Walks through the float model and a compressed one side by side, layer by layer in topological order."""
 
@@ -243,7 +272,7 @@ class _Walk:
 
     def paired_sums(self, layer: Contraction, kept_rows: Indices) -> tuple[PairedSums, PairedSums]:
         """Sums over sampled rows of what the layer reads and the error of its output: for the fit, and held back."""
-        target, other = self._target(layer)
+        target, _, other = self._meeting(layer)
         wanted = [layer.data, *([other] if other is not None else [])]
         weights = weight_matrix(layer)
         bias = bias_vector(layer)
@@ -262,25 +291,47 @@ class _Walk:
                 error = error - bias.astype(error.dtype)
             error = error.reshape(len(error), layer.groups, layer.outputs).transpose(1, 0, 2)
             error = error - x @ weights.astype(x.dtype)
-            samples = start + np.arange(len(positions))
-            is_held = np.repeat(samples % _HELD_BACK == _HELD_BACK - 1, positions.shape[1])
+            is_held = np.repeat(_held_back(len(positions), start), positions.shape[1])
             for sums, chosen in zip(both, (~is_held, is_held), strict=True):
                 sums.add(x[:, chosen], error[:, chosen])
             start += len(positions)
         return both[0], both[1]
 
-    def _target(self, layer: Contraction) -> tuple[ov.Output, ov.Output | None]:
-        """What the float model makes here, and the other branch of the compressed model that is added to the layer.
+    def mean_error(self, layer: Contraction, kept_rows: Indices | None) -> Matrix | None:
+        """Mean over samples of the layer's error per channel; None where held-back samples do not bear it out."""
+        target, made, _ = self._meeting(layer)
+        reader = RowReader(layer)
+        errors = []
+        for (aim,), (value,) in zip(self._whole.read([target]), self._small.read([made]), strict=True):
+            means = [reader.channel_means(tensor) for tensor in (aim, value)]
+            errors.append((means[0] if kept_rows is None else means[0][:, kept_rows]) - means[1])
+        every = np.concatenate(errors)
+        is_held = _held_back(len(every))
+        if is_held.all() or not is_held.any():
+            return None
+        fitted, held = every[~is_held].mean(axis=0), every[is_held].mean(axis=0)
+        if np.square(held - fitted).sum() >= np.square(held).sum():
+            return None
+        shift: Matrix = every.mean(axis=0)
+        return shift
 
-        The other branch counts only once all layers behind it are done: otherwise their fit will change it.
+    def _meeting(self, layer: Contraction) -> tuple[ov.Output, ov.Output, ov.Output | None]:
+        """Where the two models are compared: in the float one, in the compressed one, and the other branch there.
+
+        Behind the residual add where the layer feeds one, once all layers behind the other branch are done (their
+        fit would change it); otherwise behind the layer itself, with no other branch.
         """
         if self._source is None:
             raise RuntimeError("no layer has been reached yet")
-        own = biased_output(self._source), None
         joins = residual_join(self._source), residual_join(layer)
-        if not self._settings.residual or joins[0] is None or joins[1] is None:
-            return own
-        other = joins[1][1]
-        if self._small.depends_on(other, self._waiting):
-            return own
-        return joins[0][0], other
+        if self._settings.residual and joins[0] is not None and joins[1] is not None:
+            total, other = joins[1]
+            if not self._small.depends_on(other, self._waiting):
+                return joins[0][0], total, other
+        return biased_output(self._source), biased_output(layer), None
+
+
+def _held_back(count: int, start: int = 0) -> NDArray[np.bool_]:
+    """Which of `count` samples, the first of them number `start`, are held back."""
+    is_held: NDArray[np.bool_] = (start + np.arange(count)) % _HELD_BACK == _HELD_BACK - 1
+    return is_held

@@ -25,13 +25,13 @@ from vinoopt.compression.activations import Part, Sample, in_order, iterate_call
 from vinoopt.compression.contractions import (
     Array,
     Contraction,
-    RowReader,
     index_contractions,
     select_contractions,
     weight_matrix,
 )
 from vinoopt.compression.elimination import Indices, Matrix, Reader, nested_damage, order_by_surgery
 from vinoopt.compression.groups import Coupling
+from vinoopt.compression.im2col import RowReader
 from vinoopt.compression.regression import EXACT_COLUMNS, threads_for
 from vinoopt.errors import PlanError
 from vinoopt.serde import nearest
@@ -41,6 +41,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 MAX_ROWS = 4096
 _SAMPLES_PER_CALL = 16
+_LEAST_DAMPING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -246,7 +247,7 @@ class UnitOrder:
         return tuple(sorted(self.order[len(self.order) - width :]))
 
 
-Criterion: TypeAlias = Callable[[Sequence[Reader], float], Indices]
+Criterion: TypeAlias = Callable[[Sequence[Reader]], Indices]
 
 
 def order_units(
@@ -255,16 +256,16 @@ def order_units(
     statistics: Statistics,
     *,
     criterion: str = "obs",
-    damping: float = 1e-2,
+    ridge: float = 1.0,
 ) -> dict[str, UnitOrder]:
     """Group -> the order in which its units leave, by the damage to the outputs of all layers that read them.
 
     `model` is the float model of `coupling` and `statistics`. Criteria: `obs`, greedy elimination with the
     remaining columns adjusted (see `elimination`); `energy`, the variance of a unit's columns times its weights
     squared, which is the damage without adjustment and correlation; `l1`, the sum of the weights' absolute
-    values. Each reader counts relative to the variance (for `l1`, the sum) of its outputs. `damping` is added
-    to the covariances, as a share of their mean diagonal. Raises `PlanError` for an unknown criterion and for
-    layers without statistics.
+    values. Each reader counts relative to the variance (for `l1`, the sum) of its outputs. Columns are adjusted
+    against a ridge of `ridge` times their mean variance and number per row, so that few samples do not promise
+    more than they can hold. Raises `PlanError` for an unknown criterion and for layers without statistics.
     """
     if criterion not in CRITERIA:
         raise PlanError(f'unknown criterion "{criterion}"{nearest(criterion, list(CRITERIA))}')
@@ -272,22 +273,25 @@ def order_units(
     orders: dict[str, UnitOrder] = {}
     for group in coupling.groups:
         readers = [
-            _reader(contractions[units.name], statistics[units.name], units.unit_of, group.units)
+            _reader(contractions[units.name], statistics[units.name], (units.unit_of, group.units), ridge)
             for units in coupling.columns[group.name]
         ]
         with threads_for(max(len(reader.weights) for reader in readers)):
-            order = CRITERIA[criterion](readers, damping)
-            damage = np.sum([nested_damage(reader, order, damping=damping) for reader in readers], axis=0)
+            order = CRITERIA[criterion](readers)
+            damage = np.sum([nested_damage(reader, order) for reader in readers], axis=0)
         orders[group.name] = UnitOrder(group=group.name, order=tuple(order.tolist()), damage=damage)
     return orders
 
 
-def _reader(contraction: Contraction, moments: Moments, unit_of: NDArray[np.int64], units: int) -> Reader:
+def _reader(
+    contraction: Contraction, moments: Moments, seen: tuple[NDArray[np.int64], int], ridge: float
+) -> Reader:
     """The contraction as linear outputs of centred columns, its groups laid side by side."""
     matrix = weight_matrix(contraction)
+    unit_of, units = seen
     unit_of_column = np.repeat(unit_of, contraction.taps)
     if moments.second is None:
-        return _reduced(moments, matrix, unit_of_column, units)
+        return _reduced(moments, matrix, (unit_of_column, units), ridge)
     groups, columns, outputs = matrix.shape
     covariance = np.zeros((groups * columns, groups * columns))
     weights = np.zeros((groups * columns, groups * outputs))
@@ -295,7 +299,12 @@ def _reader(contraction: Contraction, moments: Moments, unit_of: NDArray[np.int6
         here = slice(group * columns, (group + 1) * columns)
         covariance[here, here] = moments.covariance(group)
         weights[here, group * outputs : (group + 1) * outputs] = matrix[group]
-    return Reader(covariance=covariance, weights=weights, unit_columns=_columns_of(unit_of_column, units))
+    return Reader(
+        covariance=covariance,
+        weights=weights,
+        unit_columns=_columns_of(unit_of_column, units),
+        damping=max(ridge * columns / moments.rows, _LEAST_DAMPING),
+    )
 
 
 def _columns_of(unit_of_column: NDArray[np.int64], units: int) -> tuple[Indices, ...]:
@@ -304,7 +313,7 @@ def _columns_of(unit_of_column: NDArray[np.int64], units: int) -> tuple[Indices,
     return tuple(np.sort(order[start:end]) for start, end in itertools.pairwise(ends))
 
 
-def _reduced(moments: Moments, matrix: Matrix, unit_of_column: NDArray[np.int64], units: int) -> Reader:
+def _reduced(moments: Moments, matrix: Matrix, seen: tuple[NDArray[np.int64], int], ridge: float) -> Reader:
     """One column per unit: what the unit contributes to the outputs, as a whole.
 
     The refit may then only scale the contributions of the units that stay, which restricts the full refit: the
@@ -312,27 +321,32 @@ def _reduced(moments: Moments, matrix: Matrix, unit_of_column: NDArray[np.int64]
     """
     if len(matrix) > 1:
         raise PlanError(f"a grouped convolution of {matrix.shape[1]} columns a group is too large to order")
+    unit_of_column, units = seen
     rows, weights = moments.centred_rows(), matrix[0].astype(np.float32)
     owner = np.where(unit_of_column < 0, units, unit_of_column)
     sort = np.argsort(owner, kind="stable")
     starts = np.searchsorted(owner[sort], np.arange(units + 1))
     is_seen = np.diff(np.append(starts, len(sort))) > 0
     gram = np.zeros((units + 1, units + 1))
-    seen = np.flatnonzero(is_seen)
-    for unit in seen:
+    present = np.flatnonzero(is_seen)
+    for unit in present:
         columns = np.flatnonzero(owner == unit)
         products = (rows[:, columns].T @ rows) * (weights[columns] @ weights.T)
-        gram[unit, seen] = np.add.reduceat(products.sum(axis=0, dtype=np.float64)[sort], starts[seen])
+        gram[unit, present] = np.add.reduceat(products.sum(axis=0, dtype=np.float64)[sort], starts[present])
     gram /= len(rows)
-    ones = np.ones((units + 1, 1))
-    return Reader(covariance=gram, weights=ones, unit_columns=tuple(np.array([u]) for u in range(units)))
+    return Reader(
+        covariance=gram,
+        weights=np.ones((units + 1, 1)),
+        unit_columns=tuple(np.array([unit]) for unit in range(units)),
+        damping=max(ridge * (units + 1) / len(rows), _LEAST_DAMPING),
+    )
 
 
 def _unit_sums(reader: Reader, per_column: Matrix) -> Matrix:
     return np.array([per_column[columns].sum() for columns in reader.unit_columns])
 
 
-def _by_energy(readers: Sequence[Reader], damping: float) -> Indices:
+def _by_energy(readers: Sequence[Reader]) -> Indices:
     scores = [
         _unit_sums(reader, np.diag(reader.covariance) * np.square(reader.weights).sum(axis=1))
         / reader.variance
@@ -341,7 +355,7 @@ def _by_energy(readers: Sequence[Reader], damping: float) -> Indices:
     return np.argsort(np.sum(scores, axis=0), kind="stable")
 
 
-def _by_l1(readers: Sequence[Reader], damping: float) -> Indices:
+def _by_l1(readers: Sequence[Reader]) -> Indices:
     scores = [
         _unit_sums(reader, np.abs(reader.weights).sum(axis=1)) / np.abs(reader.weights).sum()
         for reader in readers
@@ -351,7 +365,7 @@ def _by_l1(readers: Sequence[Reader], damping: float) -> Indices:
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
     {
-        "obs": lambda readers, damping: order_by_surgery(readers, damping=damping),
+        "obs": order_by_surgery,
         "energy": _by_energy,
         "l1": _by_l1,
     }
