@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -186,9 +187,13 @@ def test_outputs_are_judged_by_their_boxes() -> None:
 @pytest.mark.parametrize(
     ("options", "output", "words"),
     [
-        ({}, OUTPUT, "give --decoding, one of yolox"),
+        ({}, OUTPUT, "decoding=NAME, one of yolox"),
         ({"decoding": "yolo8"}, OUTPUT, 'unknown decoding "yolo8"; did you mean "yolov8"'),
-        ({"decoding": "yolox", "nms_treshold": 0.5}, OUTPUT, 'no option "nms_treshold"; did you mean "nms_threshold"'),
+        (
+            {"decoding": "yolox", "nms_treshold": 0.5},
+            OUTPUT,
+            'no option "nms_treshold"; did you mean "nms_threshold"',
+        ),
         ({"decoding": "yolox", "output": "box"}, OUTPUT, 'no output "box"; did you mean "boxes"'),
         (
             {"decoding": "yolox"},
@@ -207,6 +212,12 @@ def test_choices_that_cannot_be_are_explained(
 ) -> None:
     with pytest.raises(MetricError, match=words):
         find_metric("map", outputs=[output], has_labels=True, options=options)
+
+
+def test_a_missing_library_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(MetricError, match=r'pip install "vinoopt\[detection\]"'):
+        map_metric()
 
 
 def test_labels_must_be_boxes_of_known_classes() -> None:

@@ -289,7 +289,7 @@ def mean_average_precision(
     if name is None:
         raise MetricError(
             f'map needs to know what output "{spec.name}" [{", ".join(map(str, spec.shape))}] holds; '
-            f"give --decoding, one of {', '.join(DECODINGS)}"
+            f"give --metric-option decoding=NAME, one of {', '.join(DECODINGS)}"
         )
     decoding = find_decoding(str(name))
     sizes = spec.shape[1:]
@@ -313,7 +313,8 @@ def _boxes_output(outputs: Sequence[TensorSpec], wanted: str | None) -> TensorSp
         raise MetricError(f'no output "{wanted}"{nearest(wanted, [spec.name for spec in outputs])}')
     what = "several outputs have" if fitting else "no output has"
     raise MetricError(
-        f"map: {what} the shape of boxes, [1, N, values]" + ("; name one with --output" * bool(fitting))
+        f"map: {what} the shape of boxes, [1, N, values]"
+        + ("; name one with --metric-option output=NAME" * bool(fitting))
     )
 
 

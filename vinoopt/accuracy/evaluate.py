@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,16 +114,22 @@ def _infer(
         if progress is not None:
             progress(len(store), len(dataset))
 
-    for index in range(len(dataset)):
-        if len(feeding) == len(ring):
+    try:
+        for index in range(len(dataset)):
+            if len(feeding) == len(ring):
+                finish_first()
+            request, sample = ring[index % len(ring)], dataset[index]
+            if is_stateful:
+                request.reset_state()
+            request.start_async(sample, share_inputs=True)
+            feeding.append((request, sample))  # the sample's memory is shared and must outlive the inference
+        while feeding:
             finish_first()
-        request, sample = ring[index % len(ring)], dataset[index]
-        if is_stateful:
-            request.reset_state()
-        request.start_async(sample, share_inputs=True)
-        feeding.append((request, sample))  # the sample's memory is shared and must outlive the inference
-    while feeding:
-        finish_first()
+    finally:
+        # After an error, or an interrupt: no request may go on reading memory that is given back.
+        for request, _ in feeding:
+            with contextlib.suppress(RuntimeError):
+                request.wait()
     return store
 
 

@@ -162,7 +162,6 @@ def image_reader(
         image_size(path)
     batch = batch_size(spec)
     left = len(files) % batch
-    messages = (f"the last {left} images do not fill a batch and are left out",) if left else ()
     return ImageReader(
         root=root,
         files=tuple(files),
@@ -171,7 +170,7 @@ def image_reader(
         is_nhwc=is_nhwc,
         preprocess=chosen,
         batch=batch,
-        messages=messages,
+        messages=(f"the last {left} images do not fill a batch and are left out",) if left else (),
     )
 
 

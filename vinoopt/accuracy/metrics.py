@@ -375,7 +375,7 @@ def _classifier(name: str, outputs: Sequence[TensorSpec], options: Mapping[str, 
         what = "several outputs look" if found else "no output looks"
         raise MetricError(
             f"{name}: {what} like class scores of shape [B, C] ({_listed(outputs)}); "
-            + ("name one with --output" if found else "use cosine, sqnr or mse")
+            + ("name one with --metric-option output=NAME" if found else "use cosine, sqnr or mse")
         )
     return found[0]
 
