@@ -129,16 +129,24 @@ def damaged_files(bundle: Bundle) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def replay_in_child(folder: Path, result: TargetResult) -> dict[str, Any]:
+def replay_in_child(
+    folder: Path,
+    result: TargetResult,
+    *,
+    device: Device | None = None,
+    properties: RuntimeProperties | None = None,
+) -> dict[str, Any]:
     """The bundle reopened by plain OpenVINO in a fresh process and compared with its golden outputs.
 
+    It runs on the target's own device with the properties in its folder, unless others are given.
     Gives departure, tolerance, calls and OpenVINO's version; see `vinoopt.replay`. Raises `ToolchainError`
     subclasses where the process fails.
     """
     request = {
         "folder": str(folder.resolve()),
         "target": result.target.slug,
-        "device": result.target.device.value,
+        "device": (device or result.target.device).value,
+        "properties": None if properties is None else properties.as_dict(),
     }
     return run_child("vinoopt.replay", request=request, timeout_s=REPLAY_TIMEOUT_S).values
 
@@ -198,8 +206,14 @@ def write_target(folder: Path, slug: str, model: ov.Model, properties: RuntimePr
     place = folder / slug
     place.mkdir()
     ov.save_model(model, place / "model.xml", compress_to_fp16=False)
-    (place / "runtime.json").write_text(json.dumps(properties.as_dict(), indent=2) + "\n", encoding="utf-8")
+    write_properties(folder, slug, properties)
     return place / "model.xml"
+
+
+def write_properties(folder: Path, slug: str, properties: RuntimeProperties) -> None:
+    """Put the properties that a target is to be run with beside its IR; others that lie there are replaced."""
+    text = json.dumps(properties.as_dict(), indent=2) + "\n"
+    (folder / slug / "runtime.json").write_text(text, encoding="utf-8")
 
 
 def tolerance_of(plan: CompressionPlan) -> float:

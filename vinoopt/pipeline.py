@@ -17,7 +17,7 @@ from vinoopt.accuracy.datasets import Dataset, Splits, from_arrays, load_dataset
 from vinoopt.accuracy.evaluate import Predictions, check_fit, predict, score
 from vinoopt.accuracy.metrics import Metric, find_metric
 from vinoopt.bundle import Bundle
-from vinoopt.compiler import runtime_properties, yardstick_for
+from vinoopt.compiler import yardstick_for
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.scope import resolve_ignored
@@ -45,6 +45,7 @@ from vinoopt.records import (
 from vinoopt.selection import Choice, TestPart, choose, trial_line
 from vinoopt.store import Store
 from vinoopt.toolchains.host import compile_here
+from vinoopt.yardsticks import TargetYardstick, runtime_properties
 
 Listener = Callable[[Event], None]
 Array = np.ndarray[Any, Any]
@@ -368,12 +369,13 @@ def _write(
             properties = runtime_properties(choice.plan, choice.yardstick.spec.kind)
             ir = bundles.write_target(folder, slug, choice.model, properties)
             build = choice.yardstick.compile(ir, properties, ir.with_name("model.blob"))
-            outputs[slug] = _golden_outputs(ir, choice, properties, golden)
+            bundles.write_properties(folder, slug, build.properties)
+            outputs[slug] = _golden_outputs(ir, choice.yardstick, build.properties, golden)
             tolerances[slug] = bundles.tolerance_of(choice.plan)
-            results.append(_result(choice, properties, build))
+            results.append(_result(choice, build))
         bundles.write_golden(folder, golden, outputs, tolerances)
-        for result in results:
-            _check_replay(folder, result)
+        for choice, result in zip(choices, results, strict=True):
+            _check_replay(folder, choice.yardstick, result)
         reference = score(material.metric, material.test_reference, splits.test, material.test_reference)
         manifest = Manifest(
             request=material.request,
@@ -396,13 +398,14 @@ def _write(
 
 
 def _golden_outputs(
-    ir: Path, choice: Choice, properties: RuntimeProperties, golden: Sequence[Mapping[str, Array]]
+    ir: Path, yardstick: TargetYardstick, properties: RuntimeProperties, golden: Sequence[Mapping[str, Array]]
 ) -> list[list[Array]]:
-    compiled = compile_here(ir, choice.yardstick.spec.kind, properties.as_dict())
+    device, used = yardstick.replay_on(properties)
+    compiled = compile_here(ir, device, used.as_dict())
     return [[np.array(value) for value in compiled(dict(sample)).values()] for sample in golden]
 
 
-def _result(choice: Choice, properties: RuntimeProperties, build: Build) -> TargetResult:
+def _result(choice: Choice, build: Build) -> TargetResult:
     return TargetResult(
         target=choice.yardstick.target,
         plan=choice.plan,
@@ -410,15 +413,19 @@ def _result(choice: Choice, properties: RuntimeProperties, build: Build) -> Targ
         budget_met=choice.budget_met,
         measurements=choice.bench.measurements,
         comparisons=choice.comparisons,
-        properties=properties,
+        properties=build.properties,
         build=build,
         reasons=choice.reasons,
     )
 
 
-def _check_replay(folder: Path, result: TargetResult) -> None:
-    """Open the target as its user will; raises `DeviceError` where the outputs are not the golden ones."""
-    answer = bundles.replay_in_child(folder, result)
+def _check_replay(folder: Path, yardstick: TargetYardstick, result: TargetResult) -> None:
+    """Open the target as its user will, as nearly as this machine can.
+
+    Raises `DeviceError` where the outputs are not the golden ones.
+    """
+    device, properties = yardstick.replay_on(result.properties)
+    answer = bundles.replay_in_child(folder, result, device=device, properties=properties)
     if not answer["departure"] <= answer["tolerance"]:
         raise DeviceError(
             f"{result.target}: reopened in a fresh process the model departs from its golden outputs by "

@@ -15,13 +15,17 @@ import openvino as ov
 from vinoopt.toolchains.process import serve
 
 
-def replay(folder: Path, target: str, device: str) -> dict[str, Any]:
+def replay(
+    folder: Path, target: str, device: str, *, properties: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Largest departure of each golden call, relative to the largest golden value of its output.
 
-    `folder` is the bundle, `target` the name of the target's folder in it, `device` OpenVINO's. The departure
-    of an output is max|y - golden| / max|golden| over all calls; anything not finite counts as infinite.
+    `folder` is the bundle, `target` the name of the target's folder in it, `device` OpenVINO's; `properties`
+    replace those in the target's folder. The departure of an output is max|y - golden| / max|golden| over all
+    calls; anything not finite counts as infinite.
     """
-    properties = json.loads((folder / target / "runtime.json").read_text(encoding="utf-8"))
+    if properties is None:
+        properties = json.loads((folder / target / "runtime.json").read_text(encoding="utf-8"))
     model = ov.Core().compile_model(folder / target / "model.xml", device, properties)
     worst = 0.0
     with np.load(folder / "golden.npz") as golden:
@@ -51,7 +55,9 @@ def departure(expected: Any, actual: Any) -> float:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    return replay(Path(request["folder"]), request["target"], request["device"])
+    return replay(
+        Path(request["folder"]), request["target"], request["device"], properties=request["properties"]
+    )
 
 
 if __name__ == "__main__":

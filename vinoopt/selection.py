@@ -10,7 +10,6 @@ import openvino as ov
 from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, Scores, paired_drop, score, sentence
-from vinoopt.compiler import SideBySide, TargetYardstick, runtime_properties
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.search import SearchResult
 from vinoopt.records import (
@@ -21,6 +20,7 @@ from vinoopt.records import (
     TrialState,
     Verdict,
 )
+from vinoopt.yardsticks import SideBySide, TargetYardstick, runtime_properties
 
 FLOAT, PLAIN_INT8, CHOSEN = "float", "plain INT8", "vinoopt"
 """Names of the contestants in the final measurement."""

@@ -53,10 +53,16 @@ class LatencyJob:
     rounds: int = 9
     inferences: int = 20
     """Per model and round."""
+    round_ms: float | None = None
+    """Where given, a model has as many inferences per round as fit into it, at least one."""
+    seconds: float | None = None
+    """Where given, rounds end early once so much time has passed, but not before the fifth."""
     warmup: int = 5
     calls: Path | None = None
     """Inputs as `calls.write_calls` leaves them; None: one call of seeded noise, zeros for whole numbers."""
     properties: RuntimeProperties = _NO_PROPERTIES
+    per_model: tuple[RuntimeProperties, ...] = ()
+    """Where given, each model's own instead of `properties`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +72,8 @@ class PredictJob:
     model: Path
     calls: Path
     outputs: Path
+    names: tuple[str, ...] = ()
+    """Of the outputs, in the model's order; empty: the names in the IR."""
     properties: RuntimeProperties = _NO_PROPERTIES
 
 
@@ -152,6 +160,8 @@ class CpuIsaToolchain:
         """
         isa = self._isa(spec)
         request = {**_request(job), "properties": _properties(isa, job.properties).as_dict()}
+        if isinstance(job, LatencyJob) and job.per_model:
+            request["per_model"] = [_properties(isa, each).as_dict() for each in job.per_model]
         values = self._capped(isa, request, timeout_s)
         layers = tuple(tuple(LayerReport(**layer) for layer in model) for model in values["layers"])
         return CappedRun(
@@ -188,7 +198,7 @@ class CpuIsaToolchain:
     def _judge(self, isa: Isa, request: dict[str, Any], timeout_s: float, error: str) -> NoReturn:
         """Raises `ToolchainRefused` where a model does not compile without the cap either, else `_CapArtefact`."""
         for model in request["models"]:
-            bare = {**request, "op": "compile", "models": [model]}
+            bare = {"op": "compile", "models": [model], "properties": request["properties"]}
             reply = self._run(WORKER, request=bare, timeout_s=timeout_s, env=_environment(None))
             if "compile_error" in reply.values:
                 raise ToolchainRefused(str(reply.values["compile_error"]))
@@ -234,7 +244,8 @@ def _environment(cap: str | None) -> dict[str, str | None]:
 
 def _request(job: Job) -> dict[str, Any]:
     if isinstance(job, PredictJob):
-        return {**_files("predict", job.model, job.calls), "outputs": str(job.outputs.resolve())}
+        outputs = {"outputs": str(job.outputs.resolve()), "names": list(job.names)}
+        return {**_files("predict", job.model, job.calls), **outputs}
     if isinstance(job, BlockTimesJob):
         return {**_files("block_times", job.model, job.calls), "blocks": list(job.blocks)}
     return {
@@ -242,6 +253,8 @@ def _request(job: Job) -> dict[str, Any]:
         "models": [str(model.resolve()) for model in job.models],
         "rounds": job.rounds,
         "inferences": job.inferences,
+        "round_ms": job.round_ms,
+        "seconds": job.seconds,
         "warmup": job.warmup,
         "calls": None if job.calls is None else str(job.calls.resolve()),
     }

@@ -6,8 +6,10 @@ latencies of interleaved rounds, or outputs.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from vinoopt.records import Device
 from vinoopt.toolchains.calls import read_calls, write_calls
 from vinoopt.toolchains.host import describe_layers, layer_times, reason_of
 from vinoopt.toolchains.process import serve
+
+_LEAST_ROUNDS = 5
+_MOST_PER_ROUND = 2000
 
 Feed = dict[str, NDArray[Any]] | dict[int, NDArray[Any]]
 
@@ -41,30 +46,72 @@ class _CompileError(Exception):
 
 
 def _compile(request: dict[str, Any]) -> dict[str, Any]:
-    started = time.perf_counter()
-    compiled = _compiled(request["models"][0], request)
-    return {"layers": [_layers(compiled)], "seconds": time.perf_counter() - started}
+    path = request["models"][0]
+    layers = _layers(_compiled(path, request))
+    quantizers = [op for op in ov.Core().read_model(path).get_ops() if op.get_type_name() == "FakeQuantize"]
+    return {"layers": [layers], "is_quantized": bool(quantizers)}
 
 
 def _latency(request: dict[str, Any]) -> dict[str, Any]:
-    models = [_compiled(path, request) for path in request["models"]]
-    feeds = [_feeds(model, request["calls"]) for model in models]
-    requests = [model.create_infer_request() for model in models]
-    for inference, feed in zip(requests, feeds, strict=True):
-        _timed(inference, feed, request["warmup"])
+    properties = request.get("per_model") or [request["properties"]] * len(request["models"])
+    models = [
+        _compiled(path, {"properties": own}) for path, own in zip(request["models"], properties, strict=True)
+    ]
+    racers = [_Racer.of(model, request) for model in models]
     samples: list[list[list[float]]] = [[] for _ in models]
+    end = None if request["seconds"] is None else time.perf_counter() + request["seconds"]
     for number in range(request["rounds"]):
         # Every round starts with another model, so that no one always follows the same neighbour.
         for place in range(len(models)):
             index = (number + place) % len(models)
-            samples[index].append(_timed(requests[index], feeds[index], request["inferences"]))
+            samples[index].append(racers[index].timed(racers[index].inferences))
+        if end is not None and number + 1 >= _LEAST_ROUNDS and time.perf_counter() > end:
+            break
     return {"layers": [_layers(model) for model in models], "samples_ms": samples}
+
+
+@dataclass(kw_only=True, slots=True)
+class _Racer:
+    """A model that is warm, with its inputs bound to tensors, so that no time goes into preparing them."""
+
+    request: ov.InferRequest
+    feeds: list[dict[int, ov.Tensor]]
+    inferences: int = 1
+    """Per round."""
+    _next: int = 0
+
+    @classmethod
+    def of(cls, model: ov.CompiledModel, request: dict[str, Any]) -> _Racer:
+        feeds = [_tensors(model, feed) for feed in _feeds(model, request["calls"])]
+        racer = cls(request=model.create_infer_request(), feeds=feeds, inferences=request["inferences"])
+        typical = sorted(racer.timed(request["warmup"]))[request["warmup"] // 2]
+        if request["round_ms"] is not None:
+            racer.inferences = min(
+                max(math.ceil(request["round_ms"] / max(typical, 1e-3)), 1), _MOST_PER_ROUND
+            )
+        return racer
+
+    def timed(self, count: int) -> list[float]:
+        """Milliseconds of `count` inferences over the feeds in turn."""
+        times = []
+        for _ in range(count):
+            feed = self.feeds[self._next % len(self.feeds)]
+            self._next += 1
+            started = time.perf_counter()
+            for port, tensor in feed.items():
+                self.request.set_input_tensor(port, tensor)
+            try:
+                self.request.infer(share_outputs=True)
+            except RuntimeError as exc:
+                raise ToolchainRefused(f"OpenVINO cannot run the model: {reason_of(exc)}") from exc
+            times.append((time.perf_counter() - started) * 1e3)
+        return times
 
 
 def _predict(request: dict[str, Any]) -> dict[str, Any]:
     compiled = _compiled(request["models"][0], request)
     inference = compiled.create_infer_request()
-    names = [_output_name(port, number) for number, port in enumerate(compiled.outputs)]
+    names = request["names"] or [_output_name(port, number) for number, port in enumerate(compiled.outputs)]
 
     def outputs() -> Iterator[dict[str, NDArray[Any]]]:
         for call in read_calls(Path(request["calls"])):
@@ -109,15 +156,20 @@ def _inferred(inference: ov.InferRequest, feed: Feed) -> Any:
         raise ToolchainRefused(f"OpenVINO cannot run the model: {reason_of(exc)}") from exc
 
 
-def _timed(inference: ov.InferRequest, feeds: Sequence[Feed], count: int) -> list[float]:
-    """Milliseconds of `count` inferences over the feeds in turn."""
-    times = []
-    for number in range(count):
-        feed = feeds[number % len(feeds)]
-        started = time.perf_counter()
-        _inferred(inference, feed)
-        times.append((time.perf_counter() - started) * 1e3)
-    return times
+def _tensors(model: ov.CompiledModel, feed: Feed) -> dict[int, ov.Tensor]:
+    """The feed as tensors by input number; raises `ToolchainRefused` where an input is missing or does not fit."""
+    found: dict[int, ov.Tensor] = {}
+    values: dict[Any, NDArray[Any]] = dict(feed)
+    for number, port in enumerate(model.inputs):
+        key = next((name for name in (number, *port.names) if name in values), None)
+        if key is None:
+            raise ToolchainRefused(f"no sample has the input {port.any_name if port.names else number}")
+        shape = port.get_partial_shape()
+        if not shape.compatible(ov.PartialShape(list(values[key].shape))):
+            raise ToolchainRefused(f"input {key} takes {shape}, and a sample has {list(values[key].shape)}")
+        dtype = port.get_element_type().to_dtype()
+        found[number] = ov.Tensor(np.ascontiguousarray(values[key], dtype), shared_memory=True)
+    return found
 
 
 def _feeds(model: ov.CompiledModel, calls: str | None) -> Sequence[Feed]:

@@ -138,7 +138,7 @@ def layer_times(
         for executed, value in _mean_times(compiled, feed).items():
             least[executed] = min(value, least.get(executed, value))
     times = dict.fromkeys(blocks, 0.0)
-    known = _known_as(model, times)
+    known = known_as(model, times)
     for executed, value in least.items():
         owners = {known[name] for name in origins.get(executed, []) if name in known}
         for name in owners:
@@ -146,7 +146,7 @@ def layer_times(
     return times
 
 
-def _known_as(model: ov.Model, blocks: Collection[str]) -> dict[str, str]:
+def known_as(model: ov.Model, blocks: Collection[str]) -> dict[str, str]:
     """Names under which a plugin may run a block: its own, its bias's, its dequantization's."""
     names = {name: name for name in blocks}
     for node in model.get_ops():

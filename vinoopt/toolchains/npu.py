@@ -94,6 +94,10 @@ class NpuToolchain:
             fix="; or ".join(dict.fromkeys(each.fix for each in reversed(tried) if each.fix)),
         )
 
+    def require_cost_model(self, spec: DeviceSpec) -> None:
+        """Raises `ToolchainMissing`, with how to get one, where no route here models latency for the device."""
+        self._route(spec, needs_cost_model=True)
+
     def compile(
         self,
         model_path: Path,

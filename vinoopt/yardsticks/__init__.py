@@ -1,0 +1,19 @@
+"""What each kind of target does with a candidate: measured where it is here, emulated or modelled where not."""
+
+from vinoopt.yardsticks.base import Entry, Sample, SideBySide, TargetYardstick, runtime_properties
+from vinoopt.yardsticks.emulated_cpu import EmulatedCpuYardstick
+from vinoopt.yardsticks.here import HostYardstick
+from vinoopt.yardsticks.modelled_gpu import ModelledGpuYardstick
+from vinoopt.yardsticks.npu import NpuYardstick
+
+__all__ = [
+    "EmulatedCpuYardstick",
+    "Entry",
+    "HostYardstick",
+    "ModelledGpuYardstick",
+    "NpuYardstick",
+    "Sample",
+    "SideBySide",
+    "TargetYardstick",
+    "runtime_properties",
+]

@@ -1,0 +1,94 @@
+"""What the pipeline asks of a target, whatever stands behind its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import openvino as ov
+
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.accuracy.evaluate import Predictions, predict
+from vinoopt.compression.judge import Yardstick
+from vinoopt.records import (
+    Build,
+    Comparison,
+    CompressionPlan,
+    Device,
+    DeviceSpec,
+    Measurement,
+    RuntimeProperties,
+)
+
+Sample: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
+Entry: TypeAlias = tuple[CompressionPlan, ov.Model, RuntimeProperties]
+"""What takes part in a final comparison: a plan, its model, the properties it runs with."""
+
+MAX_SAMPLES = 16
+"""Inputs that measurements cycle through."""
+F32 = RuntimeProperties.of({"INFERENCE_PRECISION_HINT": "f32"})
+"""Exact arithmetic on this CPU, which would choose bf16 by itself where it has that."""
+
+
+def runtime_properties(plan: CompressionPlan, device: Device) -> RuntimeProperties:
+    """Properties that make `device` compute a plan in the formats it names, tuned for one request at a time."""
+    properties = {"PERFORMANCE_HINT": "LATENCY"}
+    if device is not Device.NPU:  # an NPU takes its formats from the model alone
+        properties["INFERENCE_PRECISION_HINT"] = plan.float_precision.value
+    return RuntimeProperties.of(properties)
+
+
+class SideBySide(Protocol):
+    """Contestants that were timed together."""
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        """In the order of the contestants."""
+        ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the figures doubtful, for all contestants alike."""
+        ...
+
+    def compare(self, reference: str, candidate: str) -> Comparison:
+        """How many times faster `candidate` is than `reference`."""
+        ...
+
+
+class TargetYardstick(Yardstick, Protocol):
+    """All that the pipeline asks of a target: what the search asks, and the last steps."""
+
+    spec: DeviceSpec
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user must know of this target's figures: where accuracy and times come from."""
+        ...
+
+    def compare(self, candidates: Mapping[str, Entry]) -> SideBySide:
+        """All candidates side by side, as carefully as the target allows."""
+        ...
+
+    def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
+        """The IR compiled for the target; a blob that may be shipped is left at `output`.
+
+        `Build.properties` are those that the result is to be run with.
+        """
+        ...
+
+    def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
+        """The device of this machine, and its properties, on which golden outputs are computed and replayed."""
+        ...
+
+
+def predict_in_f32(model: ov.Model, data: Dataset) -> Predictions:
+    """Outputs on this CPU in f32, for targets whose arithmetic cannot be run here."""
+    return predict(model, data, properties=F32.as_dict())
+
+
+def weight_bytes(model: ov.Model) -> int:
+    """Bytes of all constants, each counted once: what the weights take on disk."""
+    return sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")

@@ -1,0 +1,114 @@
+"""A device of this machine: everything is measured on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import openvino as ov
+
+from vinoopt import serde
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.accuracy.evaluate import Predictions, predict
+from vinoopt.bench import BenchResult, Contestant, MeasureConfig, measure
+from vinoopt.records import (
+    Build,
+    CompressionPlan,
+    Device,
+    DeviceSpec,
+    Measurement,
+    Precision,
+    RuntimeProperties,
+    Target,
+)
+from vinoopt.toolchains.host import HostToolchain, layer_times
+from vinoopt.yardsticks.base import MAX_SAMPLES, Entry, Sample, runtime_properties
+
+_SEARCH_ROUNDS = MeasureConfig(rounds=9, min_round_ms=15, warmup_ms=40)
+_FINAL_SECONDS = 6.0
+"""Per contestant."""
+_REFERENCE = "float"
+_COMPILE_TIMEOUT_S = 600.0
+
+
+@dataclass(kw_only=True)
+class HostYardstick:
+    """A device of this machine: everything is measured on it."""
+
+    target: Target
+    spec: DeviceSpec
+    reference: ov.Model
+    """The float model."""
+    samples: Sequence[Sample]
+    _reference_ms: float | None = field(default=None, init=False)
+
+    @property
+    def float_precisions(self) -> tuple[Precision, ...]:
+        """f32, then the half formats that the device computes natively."""
+        halves = [p for p in self.spec.precisions if p in (Precision.BF16, Precision.F16)]
+        return (Precision.F32, *halves)
+
+    def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
+        """Latency of the candidate, run side by side with the float model.
+
+        Given in units of the first measurement of the float model: what else the machine did in the meantime
+        falls out of the ratio.
+        """
+        contestants = [
+            self._contestant(_REFERENCE, CompressionPlan(), self.reference),
+            self._contestant(plan.title if plan.title != _REFERENCE else "candidate", plan, model),
+        ]
+        result = measure(contestants, self.samples[:MAX_SAMPLES], config=_SEARCH_ROUNDS)
+        reference, candidate = result.measurements
+        if self._reference_ms is None:
+            self._reference_ms = reference.latency_p50_ms
+        ratio = result.compare(reference.name, candidate.name).speedup
+        return serde.replace(candidate, latency_p50_ms=self._reference_ms / ratio)
+
+    def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
+        """Outputs of the candidate on the device."""
+        hint = {
+            key: value
+            for key, value in runtime_properties(plan, self.spec.kind).as_dict().items()
+            if key != "PERFORMANCE_HINT"
+        }
+        return predict(model, data, properties=hint, device=self.spec.kind.value)
+
+    def block_times(
+        self, plan: CompressionPlan, model: ov.Model, blocks: Sequence[str]
+    ) -> Mapping[str, float]:
+        """Microseconds per block from the device's counters."""
+        properties = runtime_properties(plan, self.spec.kind).as_dict()
+        return layer_times(model, self.spec.kind, properties, self.samples[:MAX_SAMPLES], blocks=blocks)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: everything is measured."""
+        return ()
+
+    def compare(self, candidates: Mapping[str, Entry]) -> BenchResult:
+        """All candidates side by side in interleaved rounds, long enough to tell them apart."""
+        contestants = [
+            Contestant(
+                name=name, model=model, device=self.spec.kind.value, properties=properties.as_dict()
+            )
+            for name, (_, model, properties) in candidates.items()
+        ]
+        config = MeasureConfig(seconds=_FINAL_SECONDS * len(contestants))
+        return measure(contestants, self.samples[:MAX_SAMPLES], config=config)
+
+    def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
+        """The IR compiled on the device; see `HostToolchain.compile`."""
+        build = HostToolchain().compile(
+            ir, self.spec, properties=properties, output=output, timeout_s=_COMPILE_TIMEOUT_S
+        )
+        return serde.replace(build, target=self.target)
+
+    def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
+        """The device itself."""
+        return self.spec.kind, properties
+
+    def _contestant(self, name: str, plan: CompressionPlan, model: ov.Model) -> Contestant:
+        properties = runtime_properties(plan, self.spec.kind).as_dict()
+        return Contestant(name=name, model=model, device=self.spec.kind.value, properties=properties)

@@ -1,0 +1,54 @@
+"""Contestants whose times a cost model gives: ratios without noise, so any difference is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import openvino as ov
+
+from vinoopt.errors import InputError
+from vinoopt.records import Comparison, Measurement
+from vinoopt.toolchains.host import known_as
+
+_EQUAL = 1e-6
+"""Relative difference below which two modelled times are the same."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelledBench:
+    """Modelled latencies side by side."""
+
+    measurements: tuple[Measurement, ...]
+    warnings: tuple[str, ...] = ()
+
+    def compare(self, reference: str, candidate: str) -> Comparison:
+        """The ratio of the two modelled latencies, its interval a point; significant where they differ."""
+        slow, fast = self._of(reference), self._of(candidate)
+        speedup = slow.latency_p50_ms / fast.latency_p50_ms
+        return Comparison(
+            reference=reference,
+            candidate=candidate,
+            speedup=speedup,
+            low=speedup,
+            high=speedup,
+            is_significant=abs(speedup - 1) > _EQUAL,
+            evidence=fast.evidence,
+        )
+
+    def _of(self, name: str) -> Measurement:
+        for each in self.measurements:
+            if each.name == name:
+                return each
+        names = ", ".join(each.name for each in self.measurements)
+        raise InputError(f'no contestant "{name}" was modelled; there are {names}')
+
+
+def times_of_blocks(model: ov.Model, blocks: Iterable[str], layer_us: Mapping[str, float]) -> dict[str, float]:
+    """The times of a compiler's layers gathered by the blocks they belong to; what belongs to none is left out."""
+    times = dict.fromkeys(blocks, 0.0)
+    owners = known_as(model, times)
+    for layer, microseconds in layer_us.items():
+        if layer in owners:
+            times[owners[layer]] += microseconds
+    return times

@@ -1,0 +1,140 @@
+"""A GPU that is not here: a roofline of its profile ranks candidates, its real driver compiles the winner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import openvino as ov
+
+from vinoopt import serde
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.accuracy.evaluate import Predictions
+from vinoopt.cost_model import Roofline, roofline
+from vinoopt.errors import TargetError, ToolchainCrashed, ToolchainError, ToolchainMissing, ToolchainTimeout
+from vinoopt.records import (
+    Build,
+    CompressionPlan,
+    Device,
+    DeviceSpec,
+    Diagnostic,
+    Evidence,
+    Measurement,
+    Precision,
+    RuntimeProperties,
+    Target,
+)
+from vinoopt.toolchains.gpu import GpuToolchain
+from vinoopt.yardsticks.base import F32, Entry, Sample, predict_in_f32, weight_bytes
+from vinoopt.yardsticks.modelled import ModelledBench, times_of_blocks
+
+_TIMEOUT_S = 900.0
+_FLOATS = (Precision.F16, Precision.F32)
+_SKIPPED: tuple[type[ToolchainError], ...] = (ToolchainMissing, ToolchainCrashed, ToolchainTimeout)
+"""What says nothing about the model."""
+
+
+@dataclass(kw_only=True)
+class ModelledGpuYardstick:
+    """A profile's GPU by the roofline of its figures; the evidence is `MODELLED`, outputs are this CPU's."""
+
+    target: Target
+    spec: DeviceSpec
+    reference: ov.Model
+    """The float model."""
+    samples: Sequence[Sample]
+    toolchain: GpuToolchain = field(default_factory=GpuToolchain)
+
+    def require(self) -> None:
+        """Raises `TargetError` where the profile lacks figures that the cost model needs."""
+        needed = {each for each in self.spec.precisions if each in (*_FLOATS, Precision.INT8)}
+        lacking = [f"peak_gops.{each}" for each in sorted(needed) if each not in self.spec.peak_gops]
+        lacking += [] if self.spec.bandwidth_gb_per_s is not None else ["bandwidth_gb_per_s"]
+        lacking += [] if self.float_precisions else ["f16 or f32 among precisions"]
+        if lacking:
+            raise TargetError(
+                f'target "{self.target}": its profile lacks {", ".join(lacking)}, without which no candidate can '
+                "be timed; give them, with their source, in a profile of your own that inherits from this one"
+            )
+
+    @property
+    def float_precisions(self) -> tuple[Precision, ...]:
+        """The formats that the GPU computes natively, f16 first where it has that."""
+        return tuple(each for each in _FLOATS if each in self.spec.precisions)[:1]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Where accuracy and times come from."""
+        return (
+            "accuracy was judged on this CPU in f32; the GPU's f16 arithmetic is not emulated",
+            f"latency is modelled from the peak rates and bandwidth of {self.spec.name}: a lower bound that ranks "
+            "variants and is not a measurement",
+        )
+
+    def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
+        """Modelled latency of the candidate; the same every time."""
+        return self._measurement(plan.title, plan, model)
+
+    def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
+        """Outputs of the candidate on this CPU in f32."""
+        return predict_in_f32(model, data)
+
+    def block_times(
+        self, plan: CompressionPlan, model: ov.Model, blocks: Sequence[str]
+    ) -> Mapping[str, float]:
+        """Modelled microseconds per block."""
+        layers = self._roofline(plan, model).layers
+        return times_of_blocks(model, blocks, {layer.name: layer.ms * 1e3 for layer in layers})
+
+    def compare(self, candidates: Mapping[str, Entry]) -> ModelledBench:
+        """Modelled latencies of all candidates; ratios are exact, as far as the roofline goes."""
+        found = tuple(self._measurement(name, plan, model) for name, (plan, model, _) in candidates.items())
+        return ModelledBench(measurements=found)
+
+    def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
+        """What the GPU's own compiler makes of the IR; never a blob.
+
+        Where the driver is missing, crashed or timed out, the build's evidence is `NOT_CHECKED` and a diagnostic
+        says how to get it. Raises `ToolchainRefused` where the compiler looked at the model and said no.
+        """
+        try:
+            build = self.toolchain.compile(
+                ir, self.spec, properties=properties, output=output, timeout_s=_TIMEOUT_S
+            )
+        except _SKIPPED as exc:
+            return self._not_checked(properties, exc)
+        return serde.replace(build, target=self.target)
+
+    def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
+        """This machine's CPU in f32: a GPU's arithmetic cannot be run here."""
+        return Device.CPU, F32
+
+    def _not_checked(self, properties: RuntimeProperties, exc: ToolchainError) -> Build:
+        message = f"not compiled for {self.spec.name}: {exc}"
+        if isinstance(exc, ToolchainMissing):
+            message += f"; {self.toolchain.probe(self.spec).fix}"
+        return Build(
+            target=self.target,
+            toolchain="none",
+            evidence=Evidence.NOT_CHECKED,
+            properties=properties,
+            diagnostics=(Diagnostic(severity="warning", code="GPU_NOT_CHECKED", message=message),),
+        )
+
+    def _measurement(self, name: str, plan: CompressionPlan, model: ov.Model) -> Measurement:
+        found = self._roofline(plan, model)
+        if found.latency_ms is None:
+            raise TargetError(f'target "{self.target}": its profile lacks {", ".join(found.missing)}')
+        return Measurement(
+            name=name,
+            device=f"{Device.GPU} of {self.target.profile}",
+            evidence=Evidence.MODELLED,
+            latency_p50_ms=found.latency_ms,
+            size_bytes=weight_bytes(model),
+            source=found.source,
+            warnings=found.notes,
+        )
+
+    def _roofline(self, plan: CompressionPlan, model: ov.Model) -> Roofline:
+        return roofline(model, self.spec, float_precision=plan.float_precision)

@@ -1,0 +1,132 @@
+"""An NPU that is not here: Intel's compiler makes its code, and that compiler's cost model gives times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import openvino as ov
+
+from vinoopt import serde
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.accuracy.evaluate import Predictions
+from vinoopt.records import (
+    Build,
+    CompressionPlan,
+    Device,
+    DeviceSpec,
+    Diagnostic,
+    Evidence,
+    Measurement,
+    Precision,
+    RuntimeProperties,
+    Target,
+)
+from vinoopt.toolchains.npu import DEFAULT_TIMEOUT_S, NpuEstimate, NpuToolchain
+from vinoopt.toolchains.npu_tuning import NpuTuning, tune_npu
+from vinoopt.toolchains.process import child_folder
+from vinoopt.yardsticks.base import F32, Entry, Sample, predict_in_f32, runtime_properties, weight_bytes
+from vinoopt.yardsticks.modelled import ModelledBench, times_of_blocks
+
+
+@dataclass(kw_only=True)
+class NpuYardstick:
+    """A profile's NPU by its compiler and cost model; the evidence is `MODELLED`, outputs are this CPU's."""
+
+    target: Target
+    spec: DeviceSpec
+    reference: ov.Model
+    """The float model."""
+    samples: Sequence[Sample]
+    toolchain: NpuToolchain = field(default_factory=NpuToolchain)
+
+    def require(self) -> None:
+        """Raises `ToolchainMissing` where no compiler with a cost model is here: nothing could be ranked."""
+        self.toolchain.require_cost_model(self.spec)
+
+    @property
+    def float_precisions(self) -> tuple[Precision, ...]:
+        """f16: the only float format of the NPU's matrix engine."""
+        return (Precision.F16,)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Where accuracy and times come from."""
+        return (
+            "accuracy was judged on this CPU in f32; the NPU's f16 arithmetic is not emulated",
+            "latency is modelled by Intel's NPU compiler: it ranks variants and is not a measurement",
+        )
+
+    def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
+        """Modelled latency of the candidate; the same every time."""
+        return self._measurement(plan.title, model, runtime_properties(plan, Device.NPU))
+
+    def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
+        """Outputs of the candidate on this CPU in f32."""
+        return predict_in_f32(model, data)
+
+    def block_times(
+        self, plan: CompressionPlan, model: ov.Model, blocks: Sequence[str]
+    ) -> Mapping[str, float]:
+        """Modelled microseconds per block: each with its bias, its quantizers and what is fused into it."""
+        estimate = self._estimate(model, runtime_properties(plan, Device.NPU))
+        return times_of_blocks(model, blocks, estimate.layer_us)
+
+    def compare(self, candidates: Mapping[str, Entry]) -> ModelledBench:
+        """Modelled latencies with the properties of each; ratios are exact, as far as the cost model goes."""
+        found = tuple(
+            self._measurement(name, model, properties) for name, (_, model, properties) in candidates.items()
+        )
+        return ModelledBench(measurements=found)
+
+    def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
+        """A blob at `output`, compiled with the options that have the smallest modelled latency.
+
+        `Build.properties` are those options; the diagnostic `NPU_TUNED` says what they gain.
+        """
+        tuning = tune_npu(self.toolchain, ir, self.spec, base=properties)
+        build = self.toolchain.compile(
+            ir, self.spec, properties=tuning.properties, output=output, timeout_s=DEFAULT_TIMEOUT_S
+        )
+        return serde.replace(
+            build, target=self.target, diagnostics=(*build.diagnostics, _tuned(tuning, properties))
+        )
+
+    def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
+        """This machine's CPU in f32: an NPU's arithmetic cannot be run here."""
+        return Device.CPU, F32
+
+    def _measurement(self, name: str, model: ov.Model, properties: RuntimeProperties) -> Measurement:
+        estimate = self._estimate(model, properties)
+        bound = ("the modelled latency is a lower bound",) if estimate.is_lower_bound else ()
+        return Measurement(
+            name=name,
+            device=f"{Device.NPU} of {self.target.profile}",
+            evidence=Evidence.MODELLED,
+            latency_p50_ms=estimate.latency_ms,
+            size_bytes=weight_bytes(model),
+            source=estimate.source,
+            warnings=(*bound, *estimate.warnings),
+        )
+
+    def _estimate(self, model: ov.Model, properties: RuntimeProperties) -> NpuEstimate:
+        with child_folder() as folder:
+            path = folder / "model.xml"
+            ov.save_model(model, path, compress_to_fp16=False)
+            return self.toolchain.estimate_latency(path, self.spec, properties)
+
+
+def _tuned(tuning: NpuTuning, base: RuntimeProperties) -> Diagnostic:
+    """What tuning found, in a sentence."""
+    changed = {k: v for k, v in tuning.properties.as_dict().items() if base.as_dict().get(k) != v}
+    tried = len(tuning.trials)
+    if not changed:
+        message = f"of {tried} sets of compiler options none has a smaller modelled latency than the default"
+    else:
+        words = ", ".join(f"{key}={value}" for key, value in changed.items())
+        message = (
+            f"{words} has the smallest modelled latency of {tried} sets of compiler options: "
+            f"{tuning.estimate.latency_ms:.4g} ms instead of {tuning.default.latency_ms:.4g} ms"
+        )
+    return Diagnostic(severity="info", code="NPU_TUNED", message=message)
