@@ -19,7 +19,7 @@ from vinoopt.accuracy.metrics import Metric, find_metric
 from vinoopt.bundle import Bundle
 from vinoopt.compiler import yardstick_for
 from vinoopt.compression.build import Workshop
-from vinoopt.compression.judge import Judge
+from vinoopt.compression.judge import Judge, Shared
 from vinoopt.compression.scope import resolve_ignored
 from vinoopt.compression.search import SearchOptions, SearchResult, search
 from vinoopt.errors import DataError, DeviceError, InputError
@@ -66,7 +66,9 @@ class Material:
     search_reference: Predictions
     test_reference: Predictions
     store: Store
+    shared: Shared
     say: Listener
+
 
 def compile(
     model: str | Path,
@@ -159,6 +161,7 @@ def compile(
     for message in messages:
         say(Event(stage="data", message=message))
 
+    yardsticks = _yardsticks(request, devices, source, splits)
     say(Event(stage="search", message="float model on the search and test parts"))
     material = Material(
         request=request,
@@ -168,15 +171,17 @@ def compile(
         search_reference=_reference(source, splits.search),
         test_reference=_reference(source, splits.test),
         store=_store(request, source, splits),
+        shared=Shared(),
         say=say,
     )
     deadline = None if time_limit_s is None else started + time_limit_s
     choices: list[Choice] = []
-    for target, spec in zip(request.targets, devices, strict=True):
-        options = _search_options(material, spec, ignored, deadline)
+    for number, yardstick in enumerate(yardsticks):
+        share = _share_of(deadline, len(yardsticks) - number)
+        options = _search_options(material, yardstick.spec, ignored, share)
         if any(choice.interrupted for choice in choices):
             options = replace(options, quantize=False, prune=False)
-        choices.append(_choose_for(material, target, spec, options=options, resume=resume))
+        choices.append(_choose_for(material, yardstick, options=options, resume=resume))
     say(Event(stage="write", message=f"writing {place}"))
     return _write(material, choices, place, messages=messages, started=started)
 
@@ -198,6 +203,17 @@ def _check_targets(targets: Sequence[Target]) -> list[DeviceSpec]:
     if twice:
         raise InputError(f"two targets would share the folder {twice[0]} of the bundle; name each target once")
     return [resolve(target) for target in targets]
+
+
+def _yardsticks(
+    request: CompileRequest, devices: Sequence[DeviceSpec], source: SourceModel, splits: Splits
+) -> list[TargetYardstick]:
+    """One per target, all made before the first search, so that what is missing is told before any long work."""
+    samples = [splits.test[i] for i in range(min(MEASURED_SAMPLES, len(splits.test)))]
+    return [
+        yardstick_for(target, spec, reference=source.model, samples=samples)
+        for target, spec in zip(request.targets, devices, strict=True)
+    ]
 
 
 def _splits(
@@ -302,16 +318,22 @@ def _search_options(
     )
 
 
+def _share_of(deadline: float | None, targets: int) -> float | None:
+    """When the next of so many targets must be done, each having an equal part of what time is left."""
+    if deadline is None:
+        return None
+    now = time.monotonic()
+    return now + max(deadline - now, 0.0) / targets
+
+
 # --------------------------------------------------------------------------- one target
 
 
 def _choose_for(
-    material: Material, target: Target, spec: DeviceSpec, *, options: SearchOptions, resume: bool
+    material: Material, yardstick: TargetYardstick, *, options: SearchOptions, resume: bool
 ) -> Choice:
     """Search, then choose on the test part; an interrupt ends the search with what it has."""
-    splits = material.splits
-    samples = [splits.test[i] for i in range(min(MEASURED_SAMPLES, len(splits.test)))]
-    yardstick = yardstick_for(target, spec, reference=material.source.model, samples=samples)
+    splits, target = material.splits, yardstick.target
     judge = Judge(
         workshop=Workshop(
             source=material.source.model,
@@ -327,6 +349,7 @@ def _choose_for(
         reference=material.search_reference,
         seed=material.request.seed,
         store=material.store,
+        shared=material.shared,
         on_trial=lambda trial: material.say(Event(stage="trial", message=trial_line(trial))),
     )
     if resume:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar, cast
 
 import openvino as ov
 
@@ -26,6 +26,8 @@ from vinoopt.records import (
     TrialState,
 )
 from vinoopt.store import Store
+
+T = TypeVar("T")
 
 JOURNAL = "trials.jsonl"
 PROBE_SAMPLES = 32
@@ -63,6 +65,19 @@ class Yardstick(Protocol):
         ...
 
 
+class Shared:
+    """What searches for several targets of one model share: values that depend on no target."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, object] = {}
+
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """The value under `key`, made where it is new; a key always stands for values of one type."""
+        if key not in self._values:
+            self._values[key] = make()
+        return cast(T, self._values[key])
+
+
 @dataclass(kw_only=True)
 class Judge:
     """Judges plans for one target and remembers the verdicts, across runs through the store's journal."""
@@ -77,6 +92,8 @@ class Judge:
     """The float model's outputs on it, in f32."""
     seed: int
     store: Store
+    shared: Shared = field(default_factory=Shared)
+    """One for all targets of a run."""
     on_trial: Callable[[Trial], None] = lambda trial: None
     trials: list[Trial] = field(default_factory=list)
     _known: dict[str, Trial] = field(default_factory=dict)

@@ -154,8 +154,15 @@ class _Run:
             return
         ground = min(self._inside(), key=_latency).plan
         workshop = self.judge.workshop
-        kit = prepare(
-            workshop.source, workshop.calibration, ignored=workshop.ignored, seed=self.options.seed, say=self.say
+        kit = self.judge.shared.once(
+            "pruning kit",
+            lambda: prepare(
+                workshop.source,
+                workshop.calibration,
+                ignored=workshop.ignored,
+                seed=self.options.seed,
+                say=self.say,
+            ),
         )
         if kit is None:
             self.reasons.append("no group of channels of this model can be removed; see vinoopt inspect")

@@ -108,7 +108,12 @@ class WidthSearch:
         return WidthTimes(shares=tuple(1 - ratio for ratio in RATIOS), times=times)
 
     def _probe(self, widths: tuple[GroupWidth, ...]) -> float:
-        return self.judge.damage(CompressionPlan(), self.kit.roughly(widths))
+        """Damage in float, which is the same for every target."""
+        plan = CompressionPlan(widths=widths)
+        return self.judge.shared.once(
+            f"damage {serde.sha256_record(plan)}",
+            lambda: self.judge.damage(CompressionPlan(), self.kit.roughly(widths)),
+        )
 
     def _block_items(self, tables: BlockTables) -> dict[str, tuple[Option, ...]]:
         """Precisions take part where their damages are known; else each block stays as the ground has it."""

@@ -30,7 +30,14 @@ from vinoopt.records import (
 from vinoopt.toolchains.calls import read_calls, write_calls
 from vinoopt.toolchains.cpu_isa import BlockTimesJob, CappedRun, CpuIsaToolchain, Job, LatencyJob, PredictJob
 from vinoopt.toolchains.process import child_folder
-from vinoopt.yardsticks.base import MAX_SAMPLES, Entry, Sample, runtime_properties, weight_bytes
+from vinoopt.yardsticks.base import (
+    MAX_SAMPLES,
+    Entry,
+    Sample,
+    predict_in_f32,
+    runtime_properties,
+    weight_bytes,
+)
 
 _TIMEOUT_S = 1800.0
 _SEARCH_ROUNDS = 9
@@ -89,7 +96,12 @@ class EmulatedCpuYardstick:
         return serde.replace(candidate, name=plan.title, latency_p50_ms=self._reference_ms / ratio)
 
     def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
-        """Outputs of the candidate under the cap: those of that instruction set, saturation included."""
+        """Outputs of the candidate under the cap: those of that instruction set, saturation included.
+
+        A plan all in f32 is run without the cap: there, instruction sets differ by the order of sums alone.
+        """
+        if plan.quantization is None and plan.weights is None and plan.float_precision is Precision.F32:
+            return predict_in_f32(model, data)
         names = tuple(output_names(model))
         with self._saved([model]) as (path,):
             calls, outputs = path.with_name("calls.npz"), path.with_name("outputs.npz")

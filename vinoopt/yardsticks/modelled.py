@@ -45,10 +45,19 @@ class ModelledBench:
 
 
 def times_of_blocks(model: ov.Model, blocks: Iterable[str], layer_us: Mapping[str, float]) -> dict[str, float]:
-    """The times of a compiler's layers gathered by the blocks they belong to; what belongs to none is left out."""
+    """The times of a compiler's layers gathered by the blocks that they belong to.
+
+    A block's bias and dequantization belong to it; a quantizer that runs by itself belongs, in equal parts, to
+    the blocks that read it, since it is there for their sake. What belongs to no block is left out.
+    """
     times = dict.fromkeys(blocks, 0.0)
-    owners = known_as(model, times)
+    owners = {name: [block] for name, block in known_as(model, times).items()}
+    for node in model.get_ops():
+        if node.get_type_name() == "FakeQuantize":
+            readers = [edge.get_node().get_friendly_name() for edge in node.output(0).get_target_inputs()]
+            owners[node.get_friendly_name()] = [name for name in readers if name in times]
     for layer, microseconds in layer_us.items():
-        if layer in owners:
-            times[owners[layer]] += microseconds
+        found = owners.get(layer, [])
+        for block in found:
+            times[block] += microseconds / len(found)
     return times
