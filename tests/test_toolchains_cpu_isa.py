@@ -87,9 +87,9 @@ class FakeChild:
         return ChildReply(values=self.answer(request, env["ONEDNN_MAX_CPU_ISA"]), exit=ended)
 
 
-def kernels(*found: tuple[str, str, str]) -> dict[str, Any]:
+def kernels(*found: tuple[str, str, str], is_quantized: bool = True) -> dict[str, Any]:
     layers = [{"name": f"n{i}", "type": t, "precision": p, "kernel": k} for i, (t, p, k) in enumerate(found)]
-    return {"layers": [layers]}
+    return {"layers": [layers], "is_quantized": is_quantized}
 
 
 def compile_with(child: FakeChild, profile: str, properties: RuntimeProperties = NONE):
@@ -172,7 +172,9 @@ def test_own_kernels_of_openvino_may_be_wider(profile: str):
 
 
 def test_layers_outside_the_cap_are_told():
-    child = FakeChild(lambda request, cap: kernels(("FullyConnected", "f32", "gemm_mlas_f32")))
+    child = FakeChild(
+        lambda request, cap: kernels(("FullyConnected", "f32", "gemm_mlas_f32"), is_quantized=False)
+    )
     (found,) = compile_with(child, "skylake").diagnostics
     assert found.code == "CPU_ISA_NOT_CAPPED"
     assert compile_with(child, "cascade-lake").diagnostics == ()
@@ -192,6 +194,14 @@ def test_float_and_reference_layers_of_a_quantized_model_are_named():
         ("CPU_REFERENCE_KERNEL", "n2"),
     ]
     assert build.details["mac_layers_int8"] == "2"
+
+
+def test_quantized_model_without_a_single_int8_layer_gets_one_sentence():
+    layers = [("Convolution", "f32", "brgconv_avx2_f32")] * 30
+    (found,) = compile_with(FakeChild(lambda request, cap: kernels(*layers)), "skylake").diagnostics
+    assert (found.code, found.layer) == ("CPU_NO_INT8_LAYER", None)
+    plain = FakeChild(lambda request, cap: kernels(*layers, is_quantized=False))
+    assert compile_with(plain, "skylake").diagnostics == ()
 
 
 def test_error_under_the_cap_alone_is_an_artefact():

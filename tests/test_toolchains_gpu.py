@@ -265,6 +265,13 @@ def test_layers_of_a_quantized_model(vendors: Path):
     assert build.memory_bytes == 1024
 
 
+def test_quantized_model_without_a_single_int8_layer_gets_one_sentence(vendors: Path):
+    layers = [layer("Convolution", "f32", "convolution_x", str(number)) for number in range(50)]
+    driver = FakeDriver(adls=offers(device("alder-lake"), *layers, is_quantized=True))
+    (found,) = compile_with(driver, vendors, "alder-lake").diagnostics
+    assert (found.code, found.layer) == ("GPU_NO_INT8_LAYER", None)
+
+
 def test_float_model_is_not_blamed_for_float_layers(vendors: Path):
     driver = FakeDriver(adls=offers(device("alder-lake"), layer("Convolution", "f16", "convolution_x")))
     assert compile_with(driver, vendors, "alder-lake").diagnostics == ()

@@ -32,8 +32,9 @@ _FREE = frozenset({"Parameter", "Result", "Constant", "ReadValue", "Assign", "Sh
 _VIEWS = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Convert"})
 # Executed in the registers of the layer before them; only a further input has to be read.
 _FUSED_NAMES = """
-    Abs Add Clamp Divide Elu Exp FakeQuantize Gelu HSigmoid HSwish HardSigmoid Maximum Minimum Mish Multiply Negative
-    PRelu Power Relu Selu Sigmoid SoftPlus Sqrt SquaredDifference Subtract Swish Tanh
+    Abs Add BatchNormInference Ceiling Clamp Divide Elu Erf Exp FakeQuantize Floor Gelu HSigmoid HSwish HardSigmoid
+    Maximum Minimum Mish Multiply Negative PRelu Power Relu Round Selu Sigmoid Sign SoftPlus Sqrt SquaredDifference
+    Subtract Swish Tanh
 """
 _FUSED = frozenset(_FUSED_NAMES.split())
 _CONSTANT_CARRIERS = frozenset({"Convert", "Multiply", "Subtract", "Reshape", "FakeQuantize", "Transpose"})

@@ -33,7 +33,17 @@ NAME = "oneDNN's instruction set cap"
 WORKER = "vinoopt.toolchains.cpu_worker"
 
 _CAP_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-_MAC_TYPES = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul", "GroupConvolution"})
+_MAC_TYPES = frozenset(
+    {
+        "Convolution",
+        "Deconvolution",
+        "FullyConnected",
+        "MatMul",
+        "RNNCell",
+        "RNNSeq",
+        "ScaledDotProductAttention",
+    }
+)
 _WIDTHS = {"sse4": 128, "avx2": 256, "avx512": 512, "amx": 1024}
 """Part of a kernel's name -> bits of its registers; a row of AMX tiles counts as wider than AVX-512."""
 _VECTOR = re.compile("|".join(_WIDTHS))
@@ -148,7 +158,10 @@ class CpuIsaToolchain:
             diagnostic = Diagnostic(severity="warning", code="CPU_ISA_CAP_ARTEFACT", message=str(exc))
             return self._build(spec, isa, used, Evidence.NOT_CHECKED, diagnostics=(diagnostic,))
         layers = tuple(LayerReport(**layer) for layer in values["layers"][0])
-        found = (*_diagnostics(isa, (layers,)), *_layer_diagnostics(layers))
+        found = (
+            *_diagnostics(isa, (layers,)),
+            *_layer_diagnostics(layers, is_quantized=values["is_quantized"]),
+        )
         return self._build(spec, isa, used, Evidence.COMPILED, layers=layers, diagnostics=found)
 
     def run_capped(self, spec: DeviceSpec, job: Job, *, timeout_s: float) -> CappedRun:
@@ -306,18 +319,19 @@ def _diagnostics(isa: Isa, models: tuple[tuple[LayerReport, ...], ...]) -> Itera
         )
 
 
-def _layer_diagnostics(layers: tuple[LayerReport, ...]) -> Iterator[Diagnostic]:
+def _layer_diagnostics(layers: tuple[LayerReport, ...], *, is_quantized: bool) -> Iterator[Diagnostic]:
     mac = [layer for layer in layers if layer.type in _MAC_TYPES]
-    is_quantized = any(layer.precision.lower() in _INT8 for layer in mac)
-    for layer in mac:
-        if is_quantized and layer.precision.lower() not in _INT8:
-            message = f"left in {layer.precision} ({layer.kernel}) although the model is quantized"
-            yield Diagnostic(severity="warning", code="CPU_FLOAT_LAYER", message=message, layer=layer.name)
-        if _is_reference(layer):
-            message = f"runs on a reference kernel ({layer.kernel}), which is slow"
-            yield Diagnostic(
-                severity="warning", code="CPU_REFERENCE_KERNEL", message=message, layer=layer.name
-            )
+    in_float = [layer for layer in mac if layer.precision.lower() not in _INT8] if is_quantized else []
+    if in_float and len(in_float) == len(mac):
+        message = f"the model is quantized, but none of its {len(mac)} layers with products runs in INT8"
+        yield Diagnostic(severity="warning", code="CPU_NO_INT8_LAYER", message=message)
+        in_float = []
+    for layer in in_float:
+        message = f"left in {layer.precision} ({layer.kernel}) although the model is quantized"
+        yield Diagnostic(severity="warning", code="CPU_FLOAT_LAYER", message=message, layer=layer.name)
+    for layer in filter(_is_reference, mac):
+        message = f"runs on a reference kernel ({layer.kernel}), which is slow"
+        yield Diagnostic(severity="warning", code="CPU_REFERENCE_KERNEL", message=message, layer=layer.name)
 
 
 def _is_reference(layer: LayerReport) -> bool:

@@ -242,7 +242,10 @@ def _diagnostics(
             f"{_words({layer.precision for layer in left_in_float})}, with quantize layers on top; "
             "an f16 model is the better choice",
         )
-    elif left_in_float:
+    elif left_in_float and len(left_in_float) == len(mac):
+        message = f"the model is quantized, but none of its {len(mac)} layers with products runs in INT8"
+        yield Diagnostic(severity="warning", code="GPU_NO_INT8_LAYER", message=message)
+    else:
         for layer in left_in_float:
             message = f"left in {layer.precision} ({layer.kernel}) although the model is quantized"
             yield Diagnostic(severity="warning", code="GPU_FLOAT_LAYER", message=message, layer=layer.name)
