@@ -337,6 +337,16 @@ def encoder(net: Net, x: Value, depth: int, heads: int, **options: bool) -> ov.N
     return net.layer_norm(y)
 
 
+def shared_vectors() -> ov.Model:
+    """Equal biases stored once: the layers that read them have nothing else in common."""
+    net = Net()
+    x = net.input(-1, 3, 8, 8)
+    y, bias = x, net.const(1, 8, 1, 1)
+    for name in "abc":
+        y = op.relu(op.add(net.conv(y, 8, name=name, bias=False), bias))
+    return model([net.head(y)], [x])
+
+
 def vit(*, fused: bool = True) -> ov.Model:
     net = Net()
     x = net.input(-1, 3, 16, 16)
@@ -508,7 +518,7 @@ GRAPHS: Mapping[str, Callable[[], ov.Model]] = {
     for each in (
         chain, flatten_head, residual, option_a, depthwise, inverted_residual, dense_net, fire,
         channel_shuffle, grouped, shuffled_groups, inception, unet, two_inputs_two_outputs, shared_weight,
-        vit, bert, sdpa, yolo, text_cnn, lstm, half_constants, fake_quantized, glu, pixel_shuffle,
+        shared_vectors, vit, bert, sdpa, yolo, text_cnn, lstm, half_constants, fake_quantized, glu, pixel_shuffle,
         indexed, whole_branch_norm,
     )
 }  # fmt: skip
@@ -577,12 +587,6 @@ def piece_slices(net: Net, y: ov.Node) -> ov.Node:
     low = op.slice(y, net.ints(0), net.ints(middle), net.ints(1), net.ints(1))
     high = op.slice(y, net.ints(middle), net.ints(2**62), net.ints(1), net.ints(-3))
     return op.concat([op.tanh(high), low, high], 1)
-
-
-def piece_permute(net: Net, y: ov.Node) -> ov.Node:
-    # Reversed only: the CPU plugin folds other orders into convolutions behind an Add wrongly (2026.4.1).
-    order = np.arange(channels_of(y))[::-1].copy()
-    return op.gather(y, op.constant(order), op.constant(np.int64(1)))
 
 
 def piece_widen(net: Net, y: ov.Node) -> ov.Node:

@@ -31,6 +31,7 @@ EXPECTED = {
     "unet": {"enc1": 8, "enc2": 12, "up": 8, "dec": 10},
     "two_inputs_two_outputs": {"image": 8, "both": 12},
     "shared_weight": {"a": 8, "tower0": 8},
+    "shared_vectors": {"a": 8, "b": 8, "c": 8},
     "vit": {"qkv0": 4, "fc10": 48, "qkv1": 4, "fc11": 48},
     "bert": {"q0": 4, "fc10": 48, "q1": 4, "fc11": 48, "pooler": 24},
     "sdpa": {"q": 4},
@@ -166,16 +167,14 @@ def test_softmax_over_channels_keeps_them() -> None:
     assert "Softmax" in reason(coupling, "a")
 
 
-def test_a_constant_used_as_parameter_keeps_its_size() -> None:
-    """The slope of one operator is the axis of none: a reader without a rule for it freezes it."""
+def test_a_weight_read_by_an_unknown_operator_keeps_its_size() -> None:
     net = Net()
     x = net.input(1, 3, 6, 6)
-    scale = net.const(1, 8, 1, 1)
-    y = op.multiply(net.conv(x, 8, name="a"), scale)
-    z = op.reduce_sum(
-        op.topk(scale, op.constant(np.int64(3)), 1, "max", "value").output(0), net.ints(1), True
-    )
-    coupling = find_groups(model([net.head(op.add(y, z))], [x], moc=False))
+    weight = net.const(8, 3, 1, 1)
+    y = op.convolution(x, weight, [1, 1], [0, 0], [0, 0], [1, 1])
+    y.set_friendly_name("a")
+    best = op.topk(weight, op.constant(np.int64(1)), 0, "max", "value").output(0)
+    coupling = find_groups(model([net.head(op.relu(y)), best], [x], moc=False))
     assert not coupling.groups
     assert "TopK" in reason(coupling, "a")
 

@@ -70,6 +70,10 @@ class Trace:
     """What the operator rules have found while walking a graph once, front to back."""
 
     tensors: dict[tuple[str, int], Dims] = field(default_factory=dict)
+    copies: dict[tuple[str, int], Dims] = field(default_factory=dict)
+    """Inputs that read a constant of `shared`, with the labels of their own copy of it."""
+    shared: set[str] = field(default_factory=set)
+    """Vectors with several readers. Exporters keep equal values once; that is no reason to cut them alike."""
     constants: set[str] = field(default_factory=set)
     """Names of nodes whose value depends on constants alone."""
     contractions: list[Contraction] = field(default_factory=list)
@@ -91,8 +95,12 @@ class Trace:
 
     def dims(self, node: ov.Node, port: int) -> Dims:
         """Labels of a node's input."""
-        source = node.input_value(port)
-        self.read_ports.add((node.get_name(), port))
+        source, key = node.input_value(port), (node.get_name(), port)
+        self.read_ports.add(key)
+        if source.get_node().get_name() in self.shared:
+            if key not in self.copies:
+                self.copies[key] = tuple(self.atoms(size, "a long vector") for size in source.get_shape())
+            return self.copies[key]
         return self.tensors[source.get_node().get_name(), source.get_index()]
 
     def all_dims(self, node: ov.Node, count: int | None = None) -> list[tuple[Labels | None, ...]] | None:

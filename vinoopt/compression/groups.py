@@ -15,7 +15,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from vinoopt.compression.coupling import FrozenLayer, Labels, Trace
+from vinoopt.compression.coupling import Dims, FrozenLayer, Labels, Trace
 from vinoopt.compression.rules import trace_model
 from vinoopt.compression.solving import Solution, solve
 from vinoopt.compression.vanishing import Wiring, find_vanishing_groups
@@ -73,6 +73,8 @@ class Coupling:
     """Type and friendly name of every operator, in order: how a model is recognised."""
     tensors: Mapping[tuple[int, int], tuple[NDArray[np.int64] | None, ...]]
     """(operator, output) -> per dimension the unit of every index or -1; tensors without units are left out."""
+    copies: Mapping[tuple[int, int], tuple[NDArray[np.int64] | None, ...]]
+    """(operator, input) -> the same, of a constant with several readers that is cut for each of them."""
 
     def group(self, name: str) -> PruningGroup:
         """The group of that name; `PlanError` where there is none, or it cannot be pruned."""
@@ -255,7 +257,7 @@ def _build(ops: Sequence[ov.Node], trace: Trace, solution: Solution) -> Coupling
         ranges[member.name] = (count, size)
         count += size
     layers = _layers((trace, solution), order, unit_of)
-    tensors = _tensors((trace, solution), order, unit_of)
+    tensors = _mapped_dims(trace.tensors, solution, order, unit_of)
     vanishing = find_vanishing_groups(
         Wiring.of(ops),
         contractions=frozenset(layer.index for layer in layers if layer.is_reader),
@@ -275,6 +277,7 @@ def _build(ops: Sequence[ov.Node], trace: Trace, solution: Solution) -> Coupling
         units=count,
         ops=tuple((node.get_type_name(), node.get_friendly_name()) for node in ops),
         tensors=MappingProxyType(tensors),
+        copies=MappingProxyType(_mapped_dims(trace.copies, solution, order, unit_of)),
     )
 
 
@@ -318,11 +321,13 @@ def _mapped(labels: Labels, solution: Solution, unit_of: Labels) -> Labels:
     return np.where(components >= 0, unit_of[components], -1)
 
 
-def _tensors(
-    found: tuple[Trace, Solution], order: Mapping[str, int], unit_of: Labels
-) -> dict[tuple[int, int], tuple[Labels | None, ...]]:
-    """Units per tensor dimension; what has none is left out, and arrays are shared as the labels are."""
-    trace, solution = found
+TensorUnits = dict[tuple[int, int], tuple[Labels | None, ...]]
+
+
+def _mapped_dims(
+    dims_of: Mapping[tuple[str, int], Dims], solution: Solution, order: Mapping[str, int], unit_of: Labels
+) -> TensorUnits:
+    """Units per dimension; what has none is left out, and arrays are shared as the labels are."""
     memo: dict[int, Labels | None] = {}
 
     def mapped(labels: Labels | None) -> Labels | None:
@@ -334,7 +339,7 @@ def _tensors(
         return memo[id(labels)]
 
     result = {}
-    for (name, port), dims in trace.tensors.items():
+    for (name, port), dims in dims_of.items():
         units = tuple(mapped(labels) for labels in dims or ())
         if any(each is not None for each in units):
             result[order[name], port] = units

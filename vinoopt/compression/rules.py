@@ -62,13 +62,18 @@ def parameter(trace: Trace, node: ov.Node) -> None:
 
 
 def constant(trace: Trace, node: ov.Node) -> None:
-    """Every index of a constant is a free atom."""
+    """Every index of a constant is a free atom; of a vector with several readers each has its own copy."""
     name = node.get_friendly_name()
     if node.get_element_type() not in CUTTABLE:
         trace.put(node, trace.fixed_dims(node.output(0), f"'{name}' is of type {node.get_element_type()}"))
         return
+    shape = node.get_output_shape(0)
+    if sum(size > 1 for size in shape) <= 1 and len(node.output(0).get_target_inputs()) > 1:
+        trace.shared.add(node.get_name())
+        trace.put(node, trace.fixed_dims(node.output(0), f"'{name}' has several readers"))
+        return
     where = f"'{name}' is too long to be channels"
-    trace.put(node, tuple(trace.atoms(size, where) for size in node.get_output_shape(0)))
+    trace.put(node, tuple(trace.atoms(size, where) for size in shape))
 
 
 def result(trace: Trace, node: ov.Node) -> None:

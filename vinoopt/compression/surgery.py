@@ -252,6 +252,7 @@ class _Cutter:
             if index not in self.vanished.live:
                 continue
             in_place = False
+            self._cut_copies(node, index)
             if index in constant:
                 self._make_constant(node, layers[index], means)
             elif index in dropped:
@@ -266,21 +267,29 @@ class _Cutter:
 
     def masks(self, key: tuple[int, int]) -> MaskDims:
         """What stays of a tensor, per dimension; empty where all does."""
+        return self._masks(self.coupling.tensors.get(key, ()))
+
+    def _masks(self, dims: Sequence[NDArray[np.int64] | None]) -> MaskDims:
         found = []
-        for units in self.coupling.tensors.get(key, ()):
+        for units in dims:
             mask = None if units is None else _mask(units, self.keep)
             found.append(None if mask is None or mask.all() else mask)
         return tuple(found) if any(mask is not None for mask in found) else ()
 
     def _cut_constant(self, node: ov.Node, index: int) -> None:
         masks = self.masks((index, 0))
-        if not masks:
-            return
-        data = node.get_data()
-        for axis, mask in enumerate(masks):
-            if mask is not None:
-                data = np.compress(mask, data, axis=axis)
-        replace_node(node, opset.constant(np.ascontiguousarray(data), dtype=node.get_element_type()))
+        if masks:
+            replace_node(node, _cut_values(node, masks))
+
+    def _cut_copies(self, node: ov.Node, index: int) -> None:
+        """Give the operator its own cut copy of constants that others read too."""
+        for port in range(node.get_input_size()):
+            masks = self._masks(self.coupling.copies.get((index, port), ()))
+            if masks:
+                shared = node.input_value(port).get_node()
+                made = _cut_values(shared, masks)
+                made.set_friendly_name(f"{shared.get_friendly_name()}/{node.get_friendly_name()}")
+                node.input(port).replace_source_output(made.output(0))
 
     def _rewrite(self, node: ov.Node, index: int) -> bool:
         """Whether the operator is still in its place."""
@@ -321,6 +330,15 @@ class _Cutter:
     def survives(self, layer: Layer) -> bool:
         """Whether the layer is still a contraction in the smaller model."""
         return layer.index in self.vanished.live and layer.index not in self.vanished.constant
+
+
+def _cut_values(node: ov.Node, masks: MaskDims) -> ov.Node:
+    """A constant with the values that stay."""
+    data = node.get_data()
+    for axis, mask in enumerate(masks):
+        if mask is not None:
+            data = np.compress(mask, data, axis=axis)
+    return opset.constant(np.ascontiguousarray(data), dtype=node.get_element_type())
 
 
 def _drop_inputs(node: ov.Node, empty: set[int]) -> None:
