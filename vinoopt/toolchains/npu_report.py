@@ -104,8 +104,9 @@ def _diagnostics(schedule: Schedule, facts: LogFacts, *, is_quantized: bool) -> 
     if loose_us > _LOOSE_QUANTIZERS_SHARE * schedule.total_us:
         yield _warning(
             "NPU_LOOSE_QUANTIZERS",
-            f"{len(loose)} quantizers run as programs of their own and take {loose_us / schedule.total_us:.0%} of "
-            "the latency: their ranges do not fit the layers before them; quantize with preset performance",
+            f"{len(loose)} quantizers run as programs of their own and take {loose_us / schedule.total_us:.0%} "
+            "of the latency, most of it avoidable: quantize with preset performance, and fold constants first, "
+            "so that weights are quantized when the network is compiled",
         )
 
 
