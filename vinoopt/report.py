@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.table import Table
 
-from vinoopt.records import Comparison, Evidence, Manifest, Measurement, TargetResult
+from vinoopt.records import Build, Comparison, Evidence, Manifest, Measurement, TargetResult
 
 _MODELLED = frozenset({Evidence.MODELLED, Evidence.EMULATED})
+_SHOWN = 4
+"""Diagnostics of a build that are printed; the manifest holds all."""
 
 
 def render_manifest(manifest: Manifest, path: str, *, console: Console | None = None) -> None:
@@ -17,12 +21,19 @@ def render_manifest(manifest: Manifest, path: str, *, console: Console | None = 
         out.print()
         out.print(f"{result.target}: {result.plan.title}", style="bold", markup=False)
         out.print(latency_table(result))
+        for source in dict.fromkeys(f"{m.evidence}: {m.source}" for m in result.measurements if m.source):
+            out.print(source, markup=False)
         for comparison in result.comparisons:
             out.print(comparison_line(comparison), markup=False)
         for reason in result.reasons:
             out.print(f"- {reason}", markup=False)
         if not result.budget_met:
             out.print("- nothing but the float model was inside the budget: the bundle holds the float model")
+        for line in build_lines(result.build):
+            out.print(f"- {line}", markup=False)
+    if len(manifest.targets) > 1:
+        out.print()
+        out.print(targets_table(manifest))
     versions = manifest.host.versions
     out.print()
     out.print(
@@ -35,13 +46,63 @@ def render_manifest(manifest: Manifest, path: str, *, console: Console | None = 
     out.print(f"bundle: {path}", markup=False)
 
 
+def targets_table(manifest: Manifest) -> Table:
+    """The result of every target, one per row, with what stands behind its latency and its compilation."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("target", "result", "drop", "verdict", "p50 ms", "x float", "times", "compiler"):
+        is_number = title in ("drop", "p50 ms", "x float")
+        table.add_column(title, justify="right" if is_number else "left", no_wrap=title != "verdict")
+    for each in manifest.targets:
+        best = chosen(each)
+        table.add_row(
+            str(each.target),
+            each.plan.title,
+            "" if each.drop is None else f"{each.drop.value:+.4f}",
+            "" if each.drop is None else each.drop.verdict.value.replace("_", " "),
+            _ms(best),
+            f"{speedup_over_float(each):.2f}",
+            best.evidence.value,
+            compilation(each.build),
+        )
+    return table
+
+
+def speedup_over_float(result: TargetResult) -> float:
+    """How many times faster the result is than the float model, which is the first contestant; 1 for itself."""
+    reference = result.measurements[0].name
+    return next((each.speedup for each in result.comparisons if each.reference == reference), 1.0)
+
+
+def chosen(result: TargetResult) -> Measurement:
+    """The measurement of what the bundle holds: comparisons name it as their candidate."""
+    name = result.comparisons[0].candidate if result.comparisons else result.measurements[0].name
+    return next(each for each in result.measurements if each.name == name)
+
+
+def compilation(build: Build) -> str:
+    """`blob written`, `compiled`, or `not checked`: how far the target's own compiler got."""
+    if build.evidence is Evidence.NOT_CHECKED:
+        return Evidence.NOT_CHECKED.value
+    return "blob written" if build.blob else Evidence.COMPILED.value
+
+
+def build_lines(build: Build) -> Iterator[str]:
+    """What compiled it, and what the compiler wants the user to know, the worst first."""
+    yield f"{build.toolchain}: {compilation(build)}"
+    ordered = sorted(build.diagnostics, key=lambda each: ("error", "warning", "info").index(each.severity))
+    for each in ordered[:_SHOWN]:
+        yield f"{each.severity}: {f'{each.layer}: ' if each.layer else ''}{each.message}"
+    if len(ordered) > _SHOWN:
+        yield f"{len(ordered) - _SHOWN} more diagnostics in manifest.json"
+
+
 def latency_table(result: TargetResult) -> Table:
     """Latency, size and evidence of every contestant."""
     table = Table(box=None, pad_edge=False)
     for title in ("contestant", "p50 ms", "p90 ms", "weights kB", "evidence"):
         table.add_column(title, justify="left" if title in ("contestant", "evidence") else "right")
     for each in result.measurements:
-        table.add_row(each.name, _ms(each), _number(each.latency_p90_ms), _kilobytes(each), _evidence(each))
+        table.add_row(each.name, _ms(each), _number(each.latency_p90_ms), _kilobytes(each), each.evidence.value)
     return table
 
 
@@ -71,7 +132,3 @@ def _number(value: float | None) -> str:
 
 def _kilobytes(measurement: Measurement) -> str:
     return "" if measurement.size_bytes is None else f"{measurement.size_bytes / 1000:.0f}"
-
-
-def _evidence(measurement: Measurement) -> str:
-    return f"{measurement.evidence}{f' ({measurement.source})' if measurement.source else ''}"
