@@ -49,16 +49,15 @@ def render_manifest(manifest: Manifest, path: str, *, console: Console | None = 
 def targets_table(manifest: Manifest) -> Table:
     """The result of every target, one per row, with what stands behind its latency and its compilation."""
     table = Table(box=None, pad_edge=False)
-    for title in ("target", "result", "drop", "verdict", "p50 ms", "x float", "times", "compiler"):
+    for title in ("target", "result", "drop", "p50 ms", "x float", "times", "compiler"):
         is_number = title in ("drop", "p50 ms", "x float")
-        table.add_column(title, justify="right" if is_number else "left", no_wrap=title != "verdict")
+        table.add_column(title, justify="right" if is_number else "left", no_wrap=title != "result")
     for each in manifest.targets:
         best = chosen(each)
         table.add_row(
             str(each.target),
             each.plan.title,
             "" if each.drop is None else f"{each.drop.value:+.4f}",
-            "" if each.drop is None else each.drop.verdict.value.replace("_", " "),
             _ms(best),
             f"{speedup_over_float(each):.2f}",
             best.evidence.value,
