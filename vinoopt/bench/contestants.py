@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -105,9 +106,8 @@ class _OpenVinoRunner:
         self._compiled = compiled
         self._ports = [_Port.of(port) for port in compiled.inputs]
         self._request = compiled.create_infer_request()
-        self._queue: ov.AsyncInferQueue | None = None
+        self._ring: list[ov.InferRequest] = []
         self._tensors: list[dict[int, ov.Tensor]] = []
-        self._latencies: list[float] = []
 
     def load(self, samples: Sequence[Sample]) -> None:
         self._tensors = [
@@ -124,20 +124,35 @@ class _OpenVinoRunner:
             raise DeviceError(_NO_RUN.format(name=self._name, device=self.device, reason=_last(exc))) from exc
 
     def stream(self, indices: Sequence[int]) -> Sequence[float]:
-        self._latencies.clear()
+        """The samples through a ring of requests, taken in turn.
+
+        OpenVINO's own queue calls back into Python from its threads, which costs time and can hang when the
+        queue is taken down.
+        """
+        latencies: list[float] = []
         try:
-            queue = self._queue or self._make_queue()
-            for index in indices:
-                queue.start_async(self._tensors[index], share_inputs=True)
-            queue.wait_all()
+            ring = self._ring = self._ring or self._make_ring()
+            for turn, index in enumerate(indices):
+                request = ring[turn % len(ring)]
+                if turn >= len(ring):
+                    request.wait()
+                    latencies.append(request.latency)
+                request.start_async(self._tensors[index], share_inputs=True)
+            for request in ring[: len(indices)]:
+                request.wait()
+                latencies.append(request.latency)
         except RuntimeError as exc:
             raise DeviceError(_NO_RUN.format(name=self._name, device=self.device, reason=_last(exc))) from exc
-        return tuple(self._latencies)
+        except KeyboardInterrupt:
+            for request in self._ring:  # none may go on reading samples that are given back
+                with contextlib.suppress(RuntimeError):
+                    request.wait()
+            raise
+        return tuple(latencies)
 
-    def _make_queue(self) -> ov.AsyncInferQueue:
-        self._queue = ov.AsyncInferQueue(self._compiled)  # the device's optimal number of requests
-        self._queue.set_callback(lambda request, _: self._latencies.append(request.latency))
-        return self._queue
+    def _make_ring(self) -> list[ov.InferRequest]:
+        count = max(int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")), 1)
+        return [self._compiled.create_infer_request() for _ in range(count)]
 
 
 class _OnnxRuntimeRunner:
