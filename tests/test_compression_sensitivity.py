@@ -57,7 +57,7 @@ def test_outputs_of_changing_shape_are_compared_call_by_call() -> None:
 
 def test_bisection_finds_the_few_sensitive_blocks_with_few_probes() -> None:
     blocks = [f"b{i}" for i in range(100)]
-    truth = {name: 1e-4 for name in blocks} | {"b17": 1.0, "b80": 3.0}
+    truth = dict.fromkeys(blocks, 0.0001) | {"b17": 1.0, "b80": 3.0}
     table = block_damages(blocks, lambda names: sum(truth[name] for name in names))
     assert table.is_complete
     assert table.probes < 50

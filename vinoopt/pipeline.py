@@ -35,6 +35,7 @@ from vinoopt.records import (
     DeviceSpec,
     Event,
     Manifest,
+    Precision,
     PreprocessSpec,
     Preset,
     QuantizationPlan,
@@ -250,6 +251,7 @@ def _find_metric(request: CompileRequest, source: SourceModel, splits: Splits) -
         outputs=source.outputs,
         has_labels=has_labels,
         options=request.metric_options,
+        allow_code=request.allow_code,
     )
 
 
@@ -299,14 +301,14 @@ def _search_options(
     material: Material, spec: DeviceSpec, ignored: tuple[str, ...], deadline: float | None
 ) -> SearchOptions:
     request, source = material.request, material.source
-    has_vnni = getattr(spec.offline, "has_vnni", True)
+    saturates = spec.kind is Device.CPU and Precision.INT8 not in spec.precisions  # no VNNI
     return SearchOptions(
         base=QuantizationPlan(
             preset=request.preset,
             subset_size=request.subset_size,
             float_layers=ignored,
             is_transformer=source.is_transformer,
-            overflow_fix=not has_vnni,
+            overflow_fix=saturates,
         ),
         quantize=request.quantize and not source.quantized,
         prune=request.prune and not source.quantized,

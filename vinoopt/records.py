@@ -22,7 +22,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
 
 
-class _Word(str, Enum):
+class Word(str, Enum):
     """An enumeration whose members print as their value."""
 
     def __str__(self) -> str:
@@ -32,7 +32,7 @@ class _Word(str, Enum):
 # --------------------------------------------------------------------------- vocabulary
 
 
-class Device(_Word):
+class Device(Word):
     """A device in OpenVINO's spelling."""
 
     CPU = "CPU"
@@ -40,7 +40,7 @@ class Device(_Word):
     NPU = "NPU"
 
 
-class Precision(_Word):
+class Precision(Word):
     """A number format for weights and activations."""
 
     F32 = "f32"
@@ -50,7 +50,7 @@ class Precision(_Word):
     INT4 = "int4"
 
 
-class Evidence(_Word):
+class Evidence(Word):
     """What stands behind a figure. No figure is shown without it."""
 
     MEASURED = "measured"
@@ -65,14 +65,14 @@ class Evidence(_Word):
     """Toolchain missing, crashed or timed out; says nothing about the model."""
 
 
-class Preset(_Word):
+class Preset(Word):
     """NNCF's quantization presets."""
 
     PERFORMANCE = "performance"
     MIXED = "mixed"
 
 
-class DropType(_Word):
+class DropType(Word):
     """How an accuracy drop is counted, in NNCF's words."""
 
     ABSOLUTE = "absolute"
@@ -81,7 +81,7 @@ class DropType(_Word):
     """The same, divided by the float value."""
 
 
-class TrialState(_Word):
+class TrialState(Word):
     """How a trial of the search ended."""
 
     COMPLETE = "complete"
@@ -89,7 +89,7 @@ class TrialState(_Word):
     FAILED = "failed"
 
 
-class Verdict(_Word):
+class Verdict(Word):
     """What the test part says about the drop."""
 
     PROVEN = "proven"

@@ -30,8 +30,10 @@ from vinoopt.store import Store
 T = TypeVar("T")
 
 JOURNAL = "trials.jsonl"
-PROBE_SAMPLES = 32
-"""Held-back samples that a damage probe runs: enough for a KL or a relative error to rank choices."""
+PROBE_SAMPLES = (8, 32)
+"""Least and most held-back samples that a damage probe runs: enough for a KL or a relative error to rank."""
+PROBE_MS = 400.0
+"""What the float model may take for them; between the bounds this decides."""
 
 _CANDIDATE_ERRORS = (CompressionError, DeviceError, ToolchainError, MetricError)
 """What may go wrong with one candidate without ending the search; a bug in this package ends it."""
@@ -174,8 +176,11 @@ class Judge:
 
     @property
     def probe_data(self) -> Dataset:
-        """The samples that damage probes run."""
-        return self.data.subset(range(min(PROBE_SAMPLES, len(self.data))))
+        """The samples that damage probes run: fewer for a model that is slow."""
+        timed = [t.latency.latency_p50_ms for t in self.trials if t.latency is not None]
+        least, most = PROBE_SAMPLES
+        count = most if not timed else min(max(int(PROBE_MS / max(timed)), least), most)
+        return self.data.subset(range(min(count, len(self.data))))
 
     @property
     def _journal(self) -> str:

@@ -208,11 +208,12 @@ class _Run:
         return damages[best][1]
 
     def _rest_precision(self) -> Precision:
-        """The fastest float format whose float model is inside the budget."""
+        """The fastest float format that by itself takes less than half of the budget."""
+        budget = self.judge.budget.max_drop
         timed = [
             t
-            for t in self.judge.trials
-            if t.plan.quantization is None and t.state is TrialState.COMPLETE and t.latency is not None
+            for t in self._inside()
+            if t.plan.quantization is None and t.drop is not None and t.drop <= budget / 2
         ]
         return min(timed, key=_latency).plan.float_precision if timed else Precision.F32
 
