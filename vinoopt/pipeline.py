@@ -26,7 +26,7 @@ from vinoopt.errors import DataError, DeviceError, InputError
 from vinoopt.frontend.normalize import SourceModel, load_model, require_static
 from vinoopt.frontend.parity import check_parity
 from vinoopt.hardware.detect import fingerprint
-from vinoopt.hardware.profile import resolve
+from vinoopt.hardware.profile import HOST, resolve
 from vinoopt.records import (
     AccuracyBudget,
     Build,
@@ -146,7 +146,7 @@ def compile(
     say(Event(stage="load", message=f"reading {model}"))
     source = load_model(model, shape=shape, preprocess=preprocess)
     for target in request.targets:
-        if target.device is Device.NPU:
+        if target.device is Device.NPU or (target.device is Device.GPU and target.profile != HOST):
             require_static(source, target.device)
     ignored = resolve_ignored(source.model, ignored_scope)
 

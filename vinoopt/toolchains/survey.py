@@ -55,20 +55,21 @@ class Survey(Record):
 def survey() -> Survey:
     """The state of this machine; drivers are asked in children, which takes some seconds."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        reach = tuple(pool.map(_reach, _alike()))
+        reach = tuple(pool.map(_reach, alike()))
     return Survey(host=fingerprint(), matched_profile=match_host(), reach=reach)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Group:
+class Group:
     """Devices of the shipped profiles that stand or fall together."""
 
     kind: Device
     what: str
     members: dict[str, DeviceSpec]
+    """Profile -> device."""
 
 
-def _reach(group: _Group) -> Reach:
+def _reach(group: Group) -> Reach:
     spec = next(iter(group.members.values()))
     npu = NpuToolchain()
     toolchains: dict[Device, Toolchain] = {
@@ -85,14 +86,15 @@ def _reach(group: _Group) -> Reach:
     )
 
 
-def _alike() -> list[_Group]:
+def alike() -> list[Group]:
+    """The devices of all shipped profiles, grouped by what decides whether this machine can serve them."""
     found: dict[tuple[Device, str], dict[str, DeviceSpec]] = {}
     for kind in Device:
         for profile in list_profiles():
             spec = profile.devices.get(kind)
             if spec is not None and spec.last_openvino is None:
                 found.setdefault((kind, _trait(spec)), {})[profile.name] = spec
-    return [_Group(kind=kind, what=what, members=members) for (kind, what), members in found.items()]
+    return [Group(kind=kind, what=what, members=members) for (kind, what), members in found.items()]
 
 
 def _trait(spec: DeviceSpec) -> str:

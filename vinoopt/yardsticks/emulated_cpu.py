@@ -44,8 +44,6 @@ _SEARCH_ROUNDS = 9
 _SEARCH_ROUND_MS = 15.0
 _FINAL_ROUNDS = 60
 _FINAL_ROUND_MS = 50.0
-_FINAL_SECONDS = 6.0
-"""Per contestant."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +56,8 @@ class EmulatedCpuYardstick:
     """The float model."""
     samples: Sequence[Sample]
     toolchain: CpuIsaToolchain = field(default_factory=CpuIsaToolchain)
+    seconds_each: float = 6.0
+    """Of a final comparison, per contestant."""
     _reference_ms: float | None = field(default=None, init=False)
 
     def require(self) -> None:
@@ -131,7 +131,7 @@ class EmulatedCpuYardstick:
 
     def compare(self, candidates: Mapping[str, Entry]) -> BenchResult:
         """All candidates side by side under the cap in interleaved rounds, long enough to tell them apart."""
-        seconds = _FINAL_SECONDS * len(candidates)
+        seconds = self.seconds_each * len(candidates)
         found = self._race(candidates, rounds=_FINAL_ROUNDS, round_ms=_FINAL_ROUND_MS, seconds=seconds)
         return BenchResult(mode=MeasureMode.LATENCY, measurements=found)
 
