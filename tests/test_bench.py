@@ -295,6 +295,15 @@ def test_throughput_of_real_engines(onnx_file: Path, engine: Engine) -> None:
     assert each.samples >= 5 * 32
 
 
+@pytest.mark.parametrize("engine", list(Engine))
+def test_samples_may_be_read_only_or_strided(onnx_file: Path, engine: Engine) -> None:
+    fixed = np.frombuffer(bytes(32), np.float32).reshape(1, 8)
+    strided = np.ones((8, 1), np.float32).T[:, ::-1]
+    samples: list[Sample] = [{"x": fixed}, {"x": strided}]
+    result = measure([Contestant(name="it", model=onnx_file, engine=engine)], samples, config=SHORT)
+    assert result.of("it").samples > 0
+
+
 def test_a_contestant_may_bring_its_own_samples(onnx_file: Path) -> None:
     model = ov.Core().read_model(onnx_file)
     model.reshape([2, 8])

@@ -306,7 +306,7 @@ def _arrays(ports: Iterable[_Port], sample: Sample, where: str) -> list[NDArray[
             raise DataError(
                 f'{where}: the samples lack input "{port.names[0]}" (they have {", ".join(sample)})'
             )
-        array = np.ascontiguousarray(sample[key])
+        array = np.require(sample[key], requirements=["C", "W"])  # OpenVINO shares no read-only memory
         if port.dtype is not None and array.dtype != port.dtype:
             raise DataError(f'{where}: input "{key}" takes {port.dtype}, the samples are {array.dtype}')
         if not port.shape.compatible(ov.PartialShape(list(array.shape))):
