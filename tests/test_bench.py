@@ -27,6 +27,7 @@ from vinoopt.bench import (
     paired_interval,
 )
 from vinoopt.bench.conditions import evidence_here, round_warnings
+from vinoopt.bench.protocol import planned_rounds
 from vinoopt.errors import DataError, DeviceError, InputError, ModelError
 from vinoopt.records import Evidence, Measurement
 
@@ -202,16 +203,22 @@ def test_requests_take_fresh_samples() -> None:
     assert {index for _, index in journal} == {0, 1, 2}
 
 
-def test_a_time_limit_sets_the_number_of_rounds() -> None:
-    events: list[Progress] = []
-    config = MeasureConfig(rounds=5, min_round_ms=0.001, warmup_ms=0, seconds=0.4)
-    quick = measure(_fakes([], 0.002), SAMPLES, config=config, progress=events.append)
-    slow = measure(_fakes([], 0.05), SAMPLES, config=config)
+@pytest.mark.parametrize(
+    ("seconds", "pace_s", "spent_s", "rounds"),
+    [(None, 0.1, 3.0, 20), (10.0, 0.1, 3.0, 70), (10.0, 3.0, 3.0, 5), (1.0, 0.1, 3.0, 5)],
+)
+def test_a_time_limit_sets_the_number_of_rounds(
+    seconds: float | None, pace_s: float, spent_s: float, rounds: int
+) -> None:
+    assert planned_rounds(MeasureConfig(seconds=seconds), pace_s, spent_s) == rounds
 
-    assert len(quick.of("a").rounds_ms) > 5
-    assert len(slow.of("a").rounds_ms) == 5
-    assert [event.round for event in events] == list(range(1, len(events) + 1))
-    assert all(event.rounds >= event.round for event in events)
+
+def test_progress_counts_rounds() -> None:
+    events: list[Progress] = []
+    config = MeasureConfig(min_round_ms=0.001, warmup_ms=0, seconds=1e-3)
+    result = measure(_fakes([], 0.001), SAMPLES, config=config, progress=events.append)
+    assert [(event.round, event.rounds) for event in events] == [(i, 5) for i in range(1, 6)]
+    assert len(result.of("a").rounds_ms) == 5
 
 
 def test_facts_of_the_runner_reach_the_measurement() -> None:

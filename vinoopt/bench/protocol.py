@@ -109,7 +109,7 @@ def measure(
             for index in rng.permutation(len(racers)):
                 _take_turn(racers[index], done, config.mode)
             pace = (time.monotonic() - rounds_start) / done
-            planned = _planned(config, pace, rounds_start - start)
+            planned = planned_rounds(config, pace, rounds_start - start)
             if progress is not None:
                 progress(Progress(round=done, rounds=max(planned, done)))
             if done >= planned:
@@ -133,7 +133,8 @@ def _check(contestants: Sequence[Contestant], samples: Sequence[Sample]) -> None
         raise InputError(f"no samples to run {', '.join(bare)} on")
 
 
-def _planned(config: MeasureConfig, pace_s: float, spent_s: float) -> int:
+def planned_rounds(config: MeasureConfig, pace_s: float, spent_s: float) -> int:
+    """How many rounds there will be when one takes `pace_s` and making ready took `spent_s`."""
     if config.seconds is None:
         return config.rounds
     return max(int((config.seconds - spent_s) / pace_s), LEAST_ROUNDS)
