@@ -46,3 +46,12 @@ def test_a_line_that_was_cut_off_is_dropped(store: Store) -> None:
 def test_the_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path / "here"))
     assert cache_folder() == tmp_path / "here"
+
+
+def test_a_memo_survives_the_process_and_never_computes_twice(store: Store) -> None:
+    memo = store.memo("tables.jsonl")
+    assert memo.once("a", lambda: 1.5) == 1.5
+    assert memo.once("b", lambda: float("inf")) == float("inf")
+    again = store.memo("tables.jsonl")
+    assert again.once("a", lambda: 9.0) == 1.5
+    assert again.once("b", lambda: 9.0) == float("inf")

@@ -279,11 +279,11 @@ def _store(request: CompileRequest, source: SourceModel, splits: Splits) -> Stor
     facts = {
         key: value
         for key, value in request.model_dump(mode="json").items()
-        if key in ("preprocess", "shape", "seed", "subset_size", "budget", "metric_options", "ignored_scope")
+        if key in ("preprocess", "shape", "seed", "subset_size", "ignored_scope")
     }
-    versions = fingerprint().versions
+    host = fingerprint()  # times are this machine's
     parts = [_content(part) for part in (splits.calibration, splits.search)]
-    return Store.open(source.sha256, parts, facts, versions)
+    return Store.open(source.sha256, parts, facts, host.versions, host.cpu)
 
 
 def _content(data: Dataset) -> str:

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
 
 
 def cache_folder() -> Path:
@@ -76,6 +78,27 @@ class Store:
             journal.flush()
             os.fsync(journal.fileno())
 
+    def memo(self, name: str) -> Memo:
+        """The memo kept in the journal `name`."""
+        return Memo(self, name)
+
     def clear(self, name: str) -> None:
         """Forget the journal or entry `name`."""
         (self.folder / name).unlink(missing_ok=True)
+
+
+class Memo:
+    """Small values by key, each computed once and on disk when it is handed out."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._values: dict[str, Any] = dict(json.loads(line) for line in store.lines(name))
+
+    def once(self, key: str, make: Callable[[], T]) -> T:
+        """The JSON value under `key`, else what `make` gives; a key always stands for values of one type."""
+        if key not in self._values:
+            value = make()
+            self._store.append(self._name, json.dumps([key, value]))
+            self._values[key] = value
+        return cast(T, self._values[key])

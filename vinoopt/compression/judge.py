@@ -25,11 +25,12 @@ from vinoopt.records import (
     Trial,
     TrialState,
 )
-from vinoopt.store import Store
+from vinoopt.store import Memo, Store, digest
 
 T = TypeVar("T")
 
 JOURNAL = "trials.jsonl"
+TABLES = "tables.jsonl"
 PROBE_SAMPLES = (8, 32)
 """Least and most held-back samples that a damage probe runs: enough for a KL or a relative error to rank."""
 PROBE_MS = 400.0
@@ -100,6 +101,8 @@ class Judge:
     trials: list[Trial] = field(default_factory=list)
     _known: dict[str, Trial] = field(default_factory=dict)
     _scores: Scores | None = None
+    _memo: Memo | None = None
+    _probe_data: Dataset | None = None
 
     def resume(self) -> int:
         """Take over the finished trials of the journal that are for this target; gives their number."""
@@ -168,23 +171,54 @@ class Judge:
             seconds=time.monotonic() - started,
         )
 
-    def damage(self, plan: CompressionPlan, model: ov.Model) -> float:
-        """Divergence of a model from the float reference on a few samples of the search part."""
-        sample = self.probe_data
-        reference = [self.reference[i] for i in range(len(sample))]
-        return divergence(reference, list(self.yardstick.predict(plan, model, sample)))
+    def damage(
+        self, plan: CompressionPlan, make: Callable[[], ov.Model], *, is_shared: bool = False, kind: str = ""
+    ) -> float:
+        """Divergence of a model from the float reference on a few samples of the search part; kept by plan.
+
+        `is_shared` says that it is the same for every target; `kind` tells apart models made in different ways
+        from one plan.
+        """
+        where = "" if is_shared else self.yardstick.target.slug
+
+        def probe() -> float:
+            sample = self.probe_data
+            reference = [self.reference[i] for i in range(len(sample))]
+            return divergence(reference, list(self.yardstick.predict(plan, make(), sample)))
+
+        return self._tables().once(f"damage {kind} {where} {_key(plan)}", probe)
+
+    def block_times(
+        self,
+        plan: CompressionPlan,
+        make: Callable[[], ov.Model],
+        blocks: Sequence[str],
+        *,
+        kind: str = "",
+    ) -> Mapping[str, float]:
+        """Microseconds per block on the target; kept by plan."""
+        key = f"times {kind} {self.yardstick.target.slug} {_key(plan)} {digest(sorted(blocks))}"
+        return self._tables().once(key, lambda: dict(self.yardstick.block_times(plan, make(), blocks)))
+
+    def _tables(self) -> Memo:
+        if self._memo is None:
+            self._memo = self.store.memo(TABLES)
+        return self._memo
 
     @property
     def probe_data(self) -> Dataset:
         """The samples that damage probes run: fewer for a model that is slow."""
-        timed = [t.latency.latency_p50_ms for t in self.trials if t.latency is not None]
-        least, most = PROBE_SAMPLES
-        count = most if not timed else min(max(int(PROBE_MS / max(timed)), least), most)
-        return self.data.subset(range(min(count, len(self.data))))
+        if self._probe_data is None:
+            timed = [t.latency.latency_p50_ms for t in self.trials if t.latency is not None]
+            least, most = PROBE_SAMPLES
+            count = most if not timed else min(max(int(PROBE_MS / max(timed)), least), most)
+            self._probe_data = self.data.subset(range(min(count, len(self.data))))
+        return self._probe_data
 
     @property
     def _journal(self) -> str:
-        return f"{self.yardstick.target.slug}-{JOURNAL}"
+        judged_by = digest(self.metric.name, repr(self.metric), serde.to_json(self.budget))[:12]
+        return f"{self.yardstick.target.slug}-{judged_by}-{JOURNAL}"
 
 
 def _key(plan: CompressionPlan) -> str:

@@ -13,11 +13,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from vinoopt import serde
 from vinoopt.compression.frontier import FrontierPoint, Option, trace_frontier
 from vinoopt.compression.judge import Judge
-from vinoopt.compression.precision import find_blocks, with_float_blocks
+from vinoopt.compression.precision import find_blocks
 from vinoopt.compression.sensitivity import block_damages
 from vinoopt.compression.width_search import BlockTables, WidthSearch
 from vinoopt.compression.widths import prepare
@@ -174,6 +175,7 @@ class _Run:
             ground,
             multiple=self.options.channel_multiple,
             max_pruning=self.options.max_pruning,
+            rounds=ROUNDS[self.options.effort],
             deadline=self.options.deadline,
             say=self.say,
         )
@@ -197,7 +199,7 @@ class _Run:
             self.say(f"recipe {name}")
             plan = CompressionPlan(quantization=recipe, float_precision=self._rest_precision())
             try:
-                damages[name] = (self.judge.damage(plan, self.judge.workshop.build(plan)), recipe)
+                damages[name] = (self.judge.damage(plan, partial(self.judge.workshop.build, plan)), recipe)
             except CompressionError as exc:
                 self.reasons.append(f"recipe {name} failed: {exc}")
         if not damages:
@@ -218,11 +220,11 @@ class _Run:
         return min(timed, key=_latency).plan.float_precision if timed else Precision.F32
 
     def _cost_table(self, recipe: QuantizationPlan, precision: Precision, blocks: Sequence[str]) -> None:
-        workshop, yardstick = self.judge.workshop, self.judge.yardstick
+        build = self.judge.workshop.build
         in_float = CompressionPlan(float_precision=precision)
         in_int8 = CompressionPlan(quantization=recipe, float_precision=precision)
-        slow = yardstick.block_times(in_float, workshop.build(in_float), blocks)
-        fast = yardstick.block_times(in_int8, workshop.build(in_int8), blocks)
+        slow = self.judge.block_times(in_float, partial(build, in_float), blocks)
+        fast = self.judge.block_times(in_int8, partial(build, in_int8), blocks)
         self.gains = {name: slow.get(name, 0.0) - fast.get(name, 0.0) for name in blocks}
 
     def _damage_table(self, whole: CompressionPlan, blocks: Sequence[str]) -> None:
@@ -234,9 +236,10 @@ class _Run:
         self.damages = dict(table.damages)
 
     def _damage_of(self, whole: CompressionPlan, floats: set[str]) -> float:
-        pair = self.judge.workshop.pair(whole.widths, _recipe_of(whole))
-        names = floats | set(_recipe_of(whole).float_layers)
-        return self.judge.damage(whole, with_float_blocks(pair, names))
+        recipe = _recipe_of(whole)
+        names = tuple(sorted(floats | set(recipe.float_layers)))
+        plan = serde.replace(whole, quantization=serde.replace(recipe, float_layers=names))
+        return self.judge.damage(plan, partial(self.judge.workshop.build, plan))
 
     def _bisect(self, whole: CompressionPlan, blocks: Sequence[str]) -> Trial | None:
         """Judge along the frontier of all blocks until the fastest candidate inside the budget is cornered."""
@@ -245,6 +248,8 @@ class _Run:
         return self._bisect_points(whole, points)
 
     def _bisect_points(self, whole: CompressionPlan, points: Sequence[FrontierPoint]) -> Trial | None:
+        all_float = [point for point in points if INT8 not in point.picks.values()]
+        points = points[len(all_float) :]  # those are the float model itself
         low, high = -1, len(points)  # points[low] is inside, points[high] outside
         best: Trial | None = None
         while high - low > 1 and not self._is_late():

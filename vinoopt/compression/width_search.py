@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import openvino as ov
 
 from vinoopt import serde
 from vinoopt.compression.frontier import FrontierPoint, Option, trace_frontier
@@ -23,7 +26,7 @@ from vinoopt.records import CompressionPlan, GroupWidth, QuantizationPlan, Trial
 
 FLOAT, INT8 = "float", "int8"
 _LEAST_GAIN = 0.02
-"""Neighbouring candidates differ by at least this share of the predicted time: less cannot be told from noise."""
+"""The bisection ends where its candidates differ by less than this share of the predicted time."""
 _TIMING_SAMPLES = 4
 """Calibration calls for models that are only timed."""
 _GROUP, _BLOCK = "group ", "block "
@@ -48,6 +51,7 @@ class WidthSearch:
         *,
         multiple: int,
         max_pruning: float,
+        rounds: int,
         deadline: float | None,
         say: Callable[[str], None],
     ) -> None:
@@ -55,7 +59,10 @@ class WidthSearch:
         self.kit = kit
         self.ground = ground
         """The best plan without pruning: its recipe and formats are kept."""
+        self.rounds = rounds
+        """How often the frontier is traced, the first time included."""
         self.deadline = deadline
+        self.total_us = 0.0
         self.say = say
         self.offers = {
             group.name: offers
@@ -81,10 +88,42 @@ class WidthSearch:
             for name in damages
         }
         items |= self._block_items(tables)
-        total_us = sum(times.at(block, 1.0) for block in times.times)
-        points = _thinned(trace_frontier(items), total_us)
-        best = self._bisect(points)
+        self.total_us = sum(times.at(block, 1.0) for block in times.times)
+        best = self._bisect(trace_frontier(items))
+        for _ in range(self.rounds - 1):
+            if best is None or self._is_late():
+                break
+            again = self._around(best, damages, saved)
+            if again is None:
+                break
+            best = again
         return [self._conclusion(best)]
+
+    def _around(
+        self,
+        best: Trial,
+        damages: Mapping[str, Mapping[int, float]],
+        saved: Mapping[str, Mapping[int, float]],
+    ) -> Trial | None:
+        """A faster candidate, from damages measured again in the company of what `best` has removed already."""
+        widths = {width.group: len(width.kept) for width in best.plan.widths}
+        ground = self._probe(best.plan.widths)
+        items: dict[str, tuple[Option, ...]] = {}
+        self.say(f"damage of the next width of {len(damages)} groups, in the company of the best candidate")
+        for name, known in damages.items():
+            current = widths.get(name, self.kit.coupling.group(name).units)
+            smaller = [width for width in known if width < current]
+            if not smaller or self._is_late():
+                continue
+            step = max(smaller)
+            damage = max(self._probe(self.kit.widths({**widths, name: step})) - ground, 0.0)
+            gain = saved[name][step] - saved[name].get(current, 0.0)
+            items[_GROUP + name] = (
+                Option(name=str(current), damage=0.0, time_us=0.0),
+                Option(name=str(step), damage=damage, time_us=-gain),
+            )
+        points = trace_frontier(items) if items else ()
+        return self._bisect(points, fixed=widths, recipe=best.plan.quantization)
 
     # ------------------------------------------------------------------ tables
 
@@ -95,25 +134,28 @@ class WidthSearch:
             kept = {
                 group.name: max(round(group.units * (1 - ratio)), 1) for group in self.kit.coupling.groups
             }
-            model = self.kit.cut(self.kit.widths(kept)).model
-            if self.ground.quantization is not None:
-                recipe = serde.replace(self.ground.quantization, subset_size=_TIMING_SAMPLES)
-                workshop = self.judge.workshop
-                model = quantize(model, recipe, workshop.calibration, device=workshop.device)
-            rows.append(self.judge.yardstick.block_times(self.ground, model, blocks))
+            plan = serde.replace(self.ground, widths=self.kit.widths(kept))
+            make = partial(self._timed_model, plan)
+            rows.append(self.judge.block_times(plan, make, blocks, kind="rough"))
         # A block that is not faster with fewer channels is as fast: what is above that is noise.
         times = {
             block: tuple(min(row[block] for row in rows[: i + 1]) for i in range(len(rows))) for block in blocks
         }
         return WidthTimes(shares=tuple(1 - ratio for ratio in RATIOS), times=times)
 
+    def _timed_model(self, plan: CompressionPlan) -> ov.Model:
+        """A model with these widths in the ground's formats, fit for a clock only."""
+        model = self.kit.cut(plan.widths).model
+        if plan.quantization is None:
+            return model
+        recipe = serde.replace(plan.quantization, subset_size=_TIMING_SAMPLES)
+        workshop = self.judge.workshop
+        return quantize(model, recipe, workshop.calibration, device=workshop.device)
+
     def _probe(self, widths: tuple[GroupWidth, ...]) -> float:
         """Damage in float, which is the same for every target."""
         plan = CompressionPlan(widths=widths)
-        return self.judge.shared.once(
-            f"damage {serde.sha256_record(plan)}",
-            lambda: self.judge.damage(CompressionPlan(), self.kit.roughly(widths)),
-        )
+        return self.judge.damage(plan, lambda: self.kit.roughly(widths), is_shared=True, kind="rough")
 
     def _block_items(self, tables: BlockTables) -> dict[str, tuple[Option, ...]]:
         """Precisions take part where their damages are known; else each block stays as the ground has it."""
@@ -129,11 +171,23 @@ class WidthSearch:
 
     # ------------------------------------------------------------------ candidates
 
-    def _bisect(self, points: Sequence[FrontierPoint]) -> Trial | None:
-        low, high, best = -1, len(points), None
+    def _bisect(
+        self,
+        points: Sequence[FrontierPoint],
+        *,
+        fixed: Mapping[str, int] | None = None,
+        recipe: QuantizationPlan | None = None,
+    ) -> Trial | None:
+        """The fastest candidate inside the budget along `points`, whose first changes nothing; None: none is.
+
+        `fixed` widths hold for groups that the points do not name; `recipe` for blocks that they do not.
+        """
+        low, high, best = 0, len(points), None
         while high - low > 1 and not self._is_late():
+            if high < len(points) and points[low].time_us - points[high].time_us < _LEAST_GAIN * self.total_us:
+                break
             middle = (low + high) // 2
-            plan = self._plan(points[middle])
+            plan = self._plan(points[middle], fixed or {}, recipe or self.ground.quantization)
             self.say(f"{plan.title}: {self._words(plan)}")
             trial = self.judge.judge(plan, note=self._words(plan))
             if trial.state is TrialState.COMPLETE:
@@ -142,10 +196,12 @@ class WidthSearch:
                 high = middle
         return best
 
-    def _plan(self, point: FrontierPoint) -> CompressionPlan:
-        kept = {n.removeprefix(_GROUP): int(p) for n, p in point.picks.items() if n.startswith(_GROUP)}
+    def _plan(
+        self, point: FrontierPoint, fixed: Mapping[str, int], recipe: QuantizationPlan | None
+    ) -> CompressionPlan:
+        kept = dict(fixed)
+        kept |= {n.removeprefix(_GROUP): int(p) for n, p in point.picks.items() if n.startswith(_GROUP)}
         floats = {n.removeprefix(_BLOCK) for n, p in point.picks.items() if n.startswith(_BLOCK) and p == FLOAT}
-        recipe = self.ground.quantization
         if recipe is not None and any(n.startswith(_BLOCK) for n in point.picks):
             recipe = _with_floats(recipe, floats | set(self.judge.workshop.ignored))
         return serde.replace(self.ground, widths=self.kit.widths(kept), quantization=recipe)
@@ -174,15 +230,4 @@ class WidthSearch:
 
 def _with_floats(recipe: QuantizationPlan, floats: set[str]) -> QuantizationPlan:
     return serde.replace(recipe, float_layers=tuple(sorted(floats)))
-
-
-def _thinned(points: Sequence[FrontierPoint], total_us: float) -> tuple[FrontierPoint, ...]:
-    """Points that differ by a gain that can be measured; the first, which changes nothing, is left out."""
-    kept: list[FrontierPoint] = []
-    last = points[0].time_us
-    for point in points[1:]:
-        if last - point.time_us >= _LEAST_GAIN * total_us:
-            kept.append(point)
-            last = point.time_us
-    return tuple(kept)
 
