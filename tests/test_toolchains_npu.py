@@ -295,6 +295,13 @@ def test_sparse_weights_are_kept_where_they_are_modelled_faster(fake, ir):
     assert b"sparsity=false" not in ir.with_name("model.blob").read_bytes()
 
 
+def test_sparse_build_stands_where_the_dense_one_fails(fake, ir):
+    behave = "os._exit(1) if 'sparsity=false' in params else succeed(100.0, sparse=4)"
+    build = compile_with(fake(behave), ir)
+    assert build.latency_ms == 0.1
+    assert [each.code for each in build.diagnostics] == ["NPU_SPARSITY_UNDECIDED"]
+
+
 def test_explicit_weight_sparsity_is_obeyed(fake, ir):
     wanted = RuntimeProperties.of({"NPU_COMPILATION_MODE_PARAMS": "enable-weights-sparsity=true"})
     build = compile_with(fake(SPARSE_COSTS_MORE), ir, wanted)

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from vinoopt import serde
-from vinoopt.errors import TargetError, ToolchainMissing
+from vinoopt.errors import TargetError, ToolchainError, ToolchainMissing
 from vinoopt.records import (
     Availability,
     Build,
@@ -168,14 +168,17 @@ class NpuToolchain:
         if kept.details.get("sparse_tasks", "0") == "0" or WEIGHTS_SPARSITY in mode_params(properties):
             return kept
         with child_folder() as folder:
-            dense = self._compile(
-                route,
-                model_path,
-                spec=spec,
-                properties=with_mode_param(properties, WEIGHTS_SPARSITY, "false"),
-                output=folder / output.name,
-                timeout_s=timeout_s,
-            )
+            try:
+                dense = self._compile(
+                    route,
+                    model_path,
+                    spec=spec,
+                    properties=with_mode_param(properties, WEIGHTS_SPARSITY, "false"),
+                    output=folder / output.name,
+                    timeout_s=timeout_s,
+                )
+            except ToolchainError as exc:
+                return serde.replace(kept, diagnostics=(*kept.diagnostics, _dense_failed(exc)))
             if _latency(dense) >= _latency(kept):
                 return kept
             shutil.copyfile(folder / output.name, output)
@@ -213,7 +216,7 @@ class NpuToolchain:
             blob=output.name,
             blob_sha256=serde.sha256_file(output),
             compile_ms=result.compile_ms,
-            latency_ms=None if summary.schedule is None else summary.schedule.total_us / 1000,
+            latency_ms=None if summary.schedule is None else round(summary.schedule.total_us / 1000, 6),
             is_lower_bound=summary.is_lower_bound,
             layers=() if summary.schedule is None else summary.schedule.layers,
             diagnostics=(*findings, *summary.diagnostics),
@@ -245,6 +248,14 @@ def _latency(build: Build) -> float:
     if build.latency_ms is None:
         raise ToolchainMissing(f"{build.toolchain} models no latency")
     return build.latency_ms
+
+
+def _dense_failed(error: ToolchainError) -> Diagnostic:
+    return Diagnostic(
+        severity="info",
+        code="NPU_SPARSITY_UNDECIDED",
+        message=f"compiled with weight sparsity; without it the compilation failed: {error}",
+    )
 
 
 def _dense_is_better(dense: Build, *, sparse: Build) -> Diagnostic:
