@@ -17,6 +17,8 @@ STEAL = 0.01
 DRIFT = 0.05
 SCATTER = 0.1
 ISA_CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+_BUSY = ("user", "nice", "system", "irq", "softirq")
+"""Kinds of processor time; a system has some of them."""
 _UNCAPPED = ("", "ALL", "DEFAULT")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
@@ -34,7 +36,7 @@ class Watch:
         """What was wrong with the machine meanwhile, as sentences with figures."""
         capacity = max(time.monotonic() - self._clock, 1e-3) * (psutil.cpu_count() or 1)
         now = psutil.cpu_times()
-        busy = sum(now[:3]) - sum(self._all[:3])  # user, nice, system on Linux and macOS
+        busy = sum(getattr(now, kind, 0.0) - getattr(self._all, kind, 0.0) for kind in _BUSY)
         other = (busy - (_own_seconds() - self._own)) / capacity
         steal = (getattr(now, "steal", 0.0) - getattr(self._all, "steal", 0.0)) / capacity
         found = list(self._before)
