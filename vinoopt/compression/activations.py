@@ -204,12 +204,11 @@ class ActivationStream:
 def in_order(model: ov.Model, call: Batch) -> list[Tensor]:
     """The values of a call in the order of the model's inputs; `DataError` where one is missing."""
     ordered = []
-    for port in model.inputs:
-        name = next((name for name in port.get_names() if name in call), None)
+    for number, port in enumerate(model.inputs):
+        names = [*sorted(port.get_names()), port.get_node().get_friendly_name(), str(number)]
+        name = next((name for name in names if name in call), None)
         if name is None:
-            raise DataError(
-                f"a sample has no value for input {sorted(port.get_names())}; it has {', '.join(sorted(call))}"
-            )
+            raise DataError(f'a sample has no value for input "{names[0]}"; it has {", ".join(sorted(call))}')
         ordered.append(np.ascontiguousarray(call[name], dtype=port.get_element_type().to_dtype()))
     return ordered
 

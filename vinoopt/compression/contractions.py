@@ -98,7 +98,7 @@ def select_contractions(model: ov.Model, names: Sequence[str]) -> list[Contracti
 def _contraction(node: ov.Node) -> Contraction | None:
     kind = node.get_type_name()
     ports = (1, 0) if kind == "MatMul" else (1,)
-    port = next((p for p in ports if _weight_constant(node.input_value(p)) is not None), None)
+    port = next((p for p in ports if _is_constant(node.input_value(p))), None)
     if port is None:
         return None
     shape = tuple(node.input_value(port).get_shape())
@@ -127,8 +127,21 @@ def _contraction(node: ov.Node) -> Contraction | None:
     )
 
 
-def _weight_constant(source: ov.Output) -> ov.Node | None:
-    """The floating-point constant behind a weight port, seen through operators that mix no columns."""
+def _is_constant(source: ov.Output) -> bool:
+    """Whether a tensor depends on constants alone."""
+    stack = [source.get_node()]
+    while stack:
+        node = stack.pop()
+        if node.get_type_name() == "Constant":
+            continue
+        if not node.get_input_size():
+            return False
+        stack += [value.get_node() for value in node.input_values()]
+    return True
+
+
+def _float_constant(source: ov.Output) -> ov.Node | None:
+    """The floating-point constant behind a tensor, seen through operators that mix no columns."""
     node = source.get_node()
     while node.get_type_name() in _TRANSPARENT:
         node = node.input_value(0).get_node()
@@ -136,16 +149,23 @@ def _weight_constant(source: ov.Output) -> ov.Node | None:
     return node if is_float else None
 
 
+def _evaluated(source: ov.Output) -> NDArray[np.float64]:
+    """The value of a tensor that depends on constants alone, as weights stored in INT8 with their scales."""
+    model = ov.Model([opset.result(source)], []).clone()
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    values: NDArray[np.float64] = compiled([])[0].astype(np.float64)
+    return values
+
+
 # --------------------------------------------------------------------------- weights and bias
 
 
 def weight_matrix(contraction: Contraction) -> NDArray[np.float64]:
-    """The weights as [groups, columns, outputs], as stored: before any FakeQuantize."""
+    """The weights as [groups, columns, outputs]; floats as stored, before any FakeQuantize, else their value."""
     source = contraction.node.input_value(contraction.weight_port)
-    constant = _weight_constant(source)
-    if constant is None:
-        raise CompressionError(f'"{contraction.name}" has lost its constant weights')
-    values = constant.get_data().astype(np.float64).reshape(tuple(source.get_shape()))
+    constant = _float_constant(source)
+    values = _evaluated(source) if constant is None else constant.get_data().astype(np.float64)
+    values = values.reshape(tuple(source.get_shape()))
     grouped = values if contraction.type in _GROUPED else values[None]
     if contraction.type == "MatMul":
         rows_first = contraction.is_flipped(contraction.weight_port) == (contraction.weight_port == 0)
@@ -155,12 +175,16 @@ def weight_matrix(contraction: Contraction) -> NDArray[np.float64]:
 
 
 def replace_weights(contraction: Contraction, matrix: Array) -> None:
-    """Put `matrix` ([groups, columns, outputs]) in place of the weights; a shared constant is left to the others."""
+    """Put `matrix` ([groups, columns, outputs]) in place of the weights; a shared constant is left to the others.
+
+    Weights stored as integers with scales give way to a floating-point constant.
+    """
     port = contraction.node.input(contraction.weight_port)
     shape = tuple(port.get_shape())
     values = _from_matrix(contraction, matrix, shape)
     chain = [port]
-    while chain[-1].get_source_output().get_node().get_type_name() in _TRANSPARENT:
+    is_float = _float_constant(port.get_source_output()) is not None
+    while is_float and chain[-1].get_source_output().get_node().get_type_name() in _TRANSPARENT:
         chain.append(chain[-1].get_source_output().get_node().input(0))
     links = [link.get_source_output().get_node() for link in chain[:-1]]
     if any(len(node.output(0).get_target_inputs()) > 1 for node in links):
@@ -204,7 +228,7 @@ def bias_vector(contraction: Contraction) -> NDArray[np.float64] | None:
     if found is None:
         return None
     add, port = found
-    constant = _weight_constant(add.input_value(port))
+    constant = _float_constant(add.input_value(port))
     if constant is None:
         raise CompressionError(f'"{contraction.name}" has lost its constant bias')
     values = constant.get_data().astype(np.float64).reshape(-1)
@@ -239,7 +263,7 @@ def _bias_add(contraction: Contraction) -> tuple[ov.Node, int] | None:
     if add is None:
         return None
     port = 1 if add.input_value(0).get_node() == contraction.node else 0
-    if _weight_constant(add.input_value(port)) is None or _has_fake_quantize(add.input_value(port)):
+    if _float_constant(add.input_value(port)) is None or _has_fake_quantize(add.input_value(port)):
         return None
     rank = contraction.node.get_output_partial_shape(0).rank.get_length()
     shape = tuple(add.input_value(port).get_shape())

@@ -23,6 +23,7 @@ Indices: TypeAlias = NDArray[np.intp]
 _PENDING_COLUMNS = 256
 """How many columns of updates wait before they are applied at once as a matrix product."""
 
+_EXACT_COLUMNS = 1024
 _LEAST_DAMPING = 1e-12
 """For columns that never move: keeps the covariance invertible."""
 
@@ -101,7 +102,8 @@ class _Elimination:
     """The state of one reader during greedy elimination: inverse covariance and weights of what is left.
 
     Columns are laid out unit by unit, padded to the same number for each with columns that no output reads,
-    the fixed ones behind. The inverse is kept as `base - pending @ pending.T`.
+    the fixed ones behind. The inverse is kept as `base - panels @ panels.T`, the weights as `weights - panels @
+    shares`; of each unit the diagonal block of the inverse and the Gram matrix of its weights are up to date.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -116,14 +118,26 @@ class _Elimination:
         self._slots = np.arange(units)
         """Unit -> its place among those that are left; -1 once it is gone."""
         self._units = np.arange(units)
-        self._weights = np.where(is_real[:, None], reader.weights[source], 0.0)
-        self._weights /= max(reader.variance, np.finfo(np.float64).tiny) ** 0.5
-        self._base = np.eye(len(source))
+        # Float32 halves the traffic of large matrices; their damping keeps the inverse far from its precision.
+        dtype = np.float64 if len(source) <= _EXACT_COLUMNS else np.float32
+        scale = max(reader.variance, np.finfo(np.float64).tiny) ** -0.5
+        self._weights = np.where(is_real[:, None], scale * reader.weights[source], 0.0).astype(dtype)
+        self._base = np.eye(len(source), dtype=dtype)
         real = np.flatnonzero(is_real)
         self._base[np.ix_(real, real)] = _inverse(_damped(reader))[np.ix_(source[real], source[real])]
-        self._pending = np.empty((len(source), 0))
-        self._blocks = self._diagonal_blocks()
         self.total = units
+        self._reset()
+
+    def _reset(self) -> None:
+        """Start with nothing pending."""
+        columns, outputs = self._weights.shape
+        self._panels = np.empty((columns, _PENDING_COLUMNS + self._taps), dtype=self._base.dtype)
+        self._shares = np.empty((_PENDING_COLUMNS + self._taps, outputs), dtype=self._base.dtype)
+        self._pending = 0
+        count, taps = len(self._units), self._taps
+        self._blocks = self._diagonal_blocks().astype(np.float64)
+        weights = self._weights[: count * taps].reshape(count, taps, outputs)
+        self._grams = (weights @ weights.transpose(0, 2, 1)).astype(np.float64)
 
     def _diagonal_blocks(self) -> Matrix:
         count, taps = len(self._units), self._taps
@@ -132,13 +146,10 @@ class _Elimination:
 
     def costs(self) -> Matrix:
         """[units]: relative loss if the unit went next; undefined for those that have gone."""
-        count, taps = len(self._units), self._taps
-        weights = self._weights[: count * taps].reshape(count, taps, -1)
-        gram = weights @ weights.transpose(0, 2, 1)
-        if taps == 1:
-            losses = gram[:, 0, 0] / self._blocks[:, 0, 0]
+        if self._taps == 1:
+            losses = self._grams[:, 0, 0] / self._blocks[:, 0, 0]
         else:
-            losses = np.einsum("uts,uts->u", np.linalg.inv(self._blocks), gram)
+            losses = np.einsum("uts,uts->u", np.linalg.inv(self._blocks), self._grams)
         costs = np.zeros(self.total)
         costs[self._units] = losses
         return costs
@@ -147,31 +158,38 @@ class _Elimination:
         """Take the unit out and adjust the weights of all columns that are left."""
         slot, taps = int(self._slots[unit]), self._taps
         here = slice(slot * taps, (slot + 1) * taps)
-        panel = self._base[:, here] - self._pending @ self._pending[here].T
-        whiten = np.linalg.inv(np.linalg.cholesky(self._blocks[slot])).T
-        update = panel @ whiten
-        self._weights -= update @ (whiten.T @ self._weights[here])
-        self._weights[here] = 0.0
-        count = len(self._units)
-        pieces = update[: count * taps].reshape(count, taps, taps)
-        self._blocks -= pieces @ pieces.transpose(0, 2, 1)
-        self._blocks[slot] = np.eye(taps)
-        self._pending = np.concatenate([self._pending, update], axis=1)
+        panels, shares = self._panels[:, : self._pending], self._shares[: self._pending]
+        whiten = np.linalg.inv(np.linalg.cholesky(self._blocks[slot])).T.astype(self._base.dtype)
+        update = (self._base[:, here] - panels @ panels[here].T) @ whiten
+        share = whiten.T @ (self._weights[here] - panels[here] @ shares)
+        crossed = self._weights @ share.T - panels @ (shares @ share.T)
+
+        size = len(self._units) * taps
+        moved = update[:size].reshape(-1, taps, taps).astype(np.float64)
+        mixed = moved @ crossed[:size].reshape(-1, taps, taps).transpose(0, 2, 1)
+        moved_back = moved.transpose(0, 2, 1)
+        self._grams += moved @ (share @ share.T).astype(np.float64) @ moved_back
+        self._grams -= mixed + mixed.transpose(0, 2, 1)
+        self._blocks -= moved @ moved_back
+        self._grams[slot], self._blocks[slot] = 0.0, np.eye(taps)
+
+        self._panels[:, self._pending : self._pending + taps] = update
+        self._shares[self._pending : self._pending + taps] = share
+        self._pending += taps
         self._slots[unit] = -1
-        if self._pending.shape[1] >= _PENDING_COLUMNS:
+        if self._pending >= _PENDING_COLUMNS:
             self._settle()
 
     def _settle(self) -> None:
         """Apply what is pending and drop the columns of units that have gone."""
         left = self._slots[self._units] >= 0
         keep = np.flatnonzero(np.append(np.repeat(left, self._taps), np.ones(self._fixed, dtype=np.bool_)))
-        pending = self._pending[keep]
-        self._base = self._base[np.ix_(keep, keep)] - pending @ pending.T
-        self._weights = self._weights[keep]
-        self._blocks = self._blocks[left]
+        panels = self._panels[keep, : self._pending]
+        self._base = self._base[np.ix_(keep, keep)] - panels @ panels.T
+        self._weights = self._weights[keep] - panels @ self._shares[: self._pending]
         self._units = self._units[left]
         self._slots[self._units] = np.arange(len(self._units))
-        self._pending = np.empty((len(keep), 0))
+        self._reset()
 
     @property
     def _fixed(self) -> int:

@@ -104,7 +104,7 @@ class RowReader:
         table, inside = self._tables[key]
         flat = tensor.reshape(samples, channels, -1)
         count, taps = positions.shape[1], table.shape[1]
-        rows = np.empty((samples, count, channels, taps), dtype=tensor.dtype)
+        rows = np.empty((samples, count, channels, taps), dtype=np.result_type(tensor.dtype, np.float32))
         for sample, chosen in enumerate(positions):
             patch = flat[sample][:, table[chosen].ravel()].reshape(channels, count, taps)
             rows[sample] = patch.transpose(1, 0, 2) * inside[chosen][:, None, :]
@@ -115,7 +115,12 @@ class RowReader:
 
 def _take(spread: Array, positions: Indices) -> Array:
     taken: Array = np.take_along_axis(spread, positions[:, :, None], axis=1)
-    return taken.reshape(-1, spread.shape[-1])
+    return _wide(taken.reshape(-1, spread.shape[-1]))
+
+
+def _wide(rows: Array) -> Array:
+    """Rows in float32 at least: half-precision models keep half-precision tensors, which must not be summed."""
+    return rows.astype(np.result_type(rows.dtype, np.float32), copy=False)
 
 
 def _kernel(contraction: Contraction, rank: int) -> tuple[int, ...]:

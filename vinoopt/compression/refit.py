@@ -164,19 +164,21 @@ def refit_sequential(
     pruned: PrunedModel,
     samples: Iterable[Sample],
     *,
+    statistics: Statistics | None = None,
     settings: RefitSettings = RefitSettings(),
     progress: Progress | None = None,
 ) -> ov.Model:
     """The pruned model with layers that have lost columns refitted in turn, each on the pruned model's activations.
 
-    A layer changes only where the fit without the held-back samples lowers its error on them; it is then fitted
-    on all. Deterministic for a seed, but for a time limit. Raises `DataError` for samples that do not fit.
+    With `statistics` of `original` it starts from `refit_local`, which is better wherever samples are few. A layer
+    changes only where the fit without the held-back samples lowers its error on them; it is then fitted on all.
+    Deterministic for a seed, but for a time limit. Raises `DataError` for samples that do not fit.
     """
     names = [cut.name for cut in pruned.consumers]
-    result = pruned.model.clone()
+    result = pruned.model.clone() if statistics is None else refit_local(original, pruned, statistics)
     targets = index_contractions(result)
     kept_rows = {cut.name: cut.kept_rows for cut in (*pruned.consumers, *pruned.producers)}
-    walk = _Walk(original, pruned.model, names, (samples, settings))
+    walk = _Walk(original, result, names, (samples, settings))
     for done, layer in enumerate(walk.layers(), start=1):
         with threads_for(layer.columns):
             fit = _best_fit(*walk.paired_sums(layer, kept_rows[layer.name]), settings.ridge)
@@ -252,7 +254,8 @@ class _Walk:
         for _, layer in self._pairs:
             if bias_vector(layer) is None:  # the stream has to know the Add before it starts
                 replace_bias(layer, np.zeros(layer.groups * layer.outputs))
-        calls = list(iterate_calls(whole, samples, size=_SAMPLES_PER_CALL))
+        listed = list(samples)
+        calls = list(iterate_calls(whole, listed, size=_even_size(len(listed))))
         room = self._settings.memory_bytes // 2
         self._whole = ActivationStream(whole, calls, memory_bytes=room)
         self._small = ActivationStream(small, calls, memory_bytes=room)
@@ -329,6 +332,12 @@ class _Walk:
             if not self._small.depends_on(other, self._waiting):
                 return joins[0][0], total, other
         return biased_output(self._source), biased_output(layer), None
+
+
+def _even_size(count: int) -> int:
+    """How many samples to run at once: if possible a divisor, so that every stretch is compiled for one shape."""
+    divisor = max(size for size in range(1, _SAMPLES_PER_CALL + 1) if count % size == 0)
+    return divisor if 2 * divisor >= _SAMPLES_PER_CALL else _SAMPLES_PER_CALL
 
 
 def _held_back(count: int, start: int = 0) -> NDArray[np.bool_]:
