@@ -9,9 +9,11 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import openvino as ov
 
+from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.compression.judge import Yardstick
+from vinoopt.cost_model import layer_precisions
 from vinoopt.records import (
     Build,
     Comparison,
@@ -21,6 +23,7 @@ from vinoopt.records import (
     Measurement,
     RuntimeProperties,
 )
+from vinoopt.toolchains.host import known_as
 
 Sample: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 Entry: TypeAlias = tuple[CompressionPlan, ov.Model, RuntimeProperties]
@@ -28,6 +31,7 @@ Entry: TypeAlias = tuple[CompressionPlan, ov.Model, RuntimeProperties]
 
 MAX_SAMPLES = 16
 """Inputs that measurements cycle through."""
+_FLOAT_LAYER_CODES = frozenset({"CPU_FLOAT_LAYER", "GPU_FLOAT_LAYER"})
 F32 = RuntimeProperties.of({"INFERENCE_PRECISION_HINT": "f32"})
 """Exact arithmetic on this CPU, which would choose bf16 by itself where it has that."""
 
@@ -92,3 +96,17 @@ def predict_in_f32(model: ov.Model, data: Dataset) -> Predictions:
 def weight_bytes(model: ov.Model) -> int:
     """Bytes of all constants, each counted once: what the weights take on disk."""
     return sum(op.get_byte_size() for op in model.get_ops() if op.get_type_name() == "Constant")
+
+
+def without_intended(build: Build, ir: Path) -> Build:
+    """The build without warnings about float layers that are float in the IR: they were left so on purpose."""
+    model = ov.Core().read_model(ir)
+    quantized = known_as(model, layer_precisions(model))
+    return serde.replace(
+        build,
+        diagnostics=tuple(
+            each
+            for each in build.diagnostics
+            if each.code not in _FLOAT_LAYER_CODES or each.layer in quantized
+        ),
+    )

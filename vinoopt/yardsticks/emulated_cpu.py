@@ -37,6 +37,7 @@ from vinoopt.yardsticks.base import (
     predict_in_f32,
     runtime_properties,
     weight_bytes,
+    without_intended,
 )
 
 _TIMEOUT_S = 1800.0
@@ -140,7 +141,7 @@ class EmulatedCpuYardstick:
         build = self.toolchain.compile(
             ir, self.spec, properties=properties, output=output, timeout_s=_TIMEOUT_S
         )
-        return serde.replace(build, target=self.target, properties=properties)
+        return serde.replace(without_intended(build, ir), target=self.target, properties=properties)
 
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
         """This machine's CPU without the cap: with NNCF's overflow fix both give the same within rounding."""

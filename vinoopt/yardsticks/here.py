@@ -45,7 +45,9 @@ class HostYardstick:
 
     @property
     def float_precisions(self) -> tuple[Precision, ...]:
-        """f32, then the half formats that the device computes natively."""
+        """f32, then the half formats that the device computes natively; an NPU has f16 alone."""
+        if self.spec.kind is Device.NPU:
+            return (Precision.F16,)
         halves = [p for p in self.spec.precisions if p in (Precision.BF16, Precision.F16)]
         return (Precision.F32, *halves)
 

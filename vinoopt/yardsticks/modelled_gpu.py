@@ -26,7 +26,7 @@ from vinoopt.records import (
     Target,
 )
 from vinoopt.toolchains.gpu import GpuToolchain
-from vinoopt.yardsticks.base import F32, Entry, Sample, predict_in_f32, weight_bytes
+from vinoopt.yardsticks.base import F32, Entry, Sample, predict_in_f32, weight_bytes, without_intended
 from vinoopt.yardsticks.modelled import ModelledBench, times_of_blocks
 
 _TIMEOUT_S = 900.0
@@ -104,7 +104,7 @@ class ModelledGpuYardstick:
             )
         except _SKIPPED as exc:
             return self._not_checked(properties, exc)
-        return serde.replace(build, target=self.target)
+        return serde.replace(without_intended(build, ir), target=self.target)
 
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
         """This machine's CPU in f32: a GPU's arithmetic cannot be run here."""

@@ -1,0 +1,444 @@
+"""Targets that are not this machine, with toolchains that answer from a record; the real ones where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+from openvino import opset13 as ops
+
+from vinoopt.accuracy.datasets import Dataset, from_arrays
+from vinoopt.compiler import yardstick_for
+from vinoopt.compression.quantize import quantize
+from vinoopt.errors import InputError, TargetError, ToolchainCrashed, ToolchainMissing, ToolchainRefused
+from vinoopt.hardware.detect import detect_host
+from vinoopt.hardware.profile import resolve
+from vinoopt.records import (
+    Availability,
+    Build,
+    CompressionPlan,
+    Device,
+    DeviceSpec,
+    Diagnostic,
+    Evidence,
+    LayerReport,
+    Measurement,
+    Precision,
+    QuantizationPlan,
+    RuntimeProperties,
+    Target,
+    TensorSpec,
+)
+from vinoopt.toolchains.calls import read_calls, write_calls
+from vinoopt.toolchains.cpu_isa import BlockTimesJob, CappedRun, CpuIsaToolchain, LatencyJob, PredictJob
+from vinoopt.toolchains.gpu import GpuToolchain
+from vinoopt.toolchains.npu import NpuEstimate, NpuToolchain
+from vinoopt.yardsticks import (
+    EmulatedCpuYardstick,
+    HostYardstick,
+    ModelledGpuYardstick,
+    NpuYardstick,
+    runtime_properties,
+)
+from vinoopt.yardsticks.base import without_intended
+from vinoopt.yardsticks.modelled import ModelledBench, times_of_blocks
+
+SHAPE = (1, 16, 16, 16)
+FLOAT16 = CompressionPlan(float_precision=Precision.F16)
+INT8 = CompressionPlan(quantization=QuantizationPlan(), float_precision=Precision.F16)
+INT8_F32 = CompressionPlan(quantization=QuantizationPlan())
+
+
+def network() -> ov.Model:
+    """Two convolutions with bias and activation; the first is much larger than the second."""
+    rng = np.random.default_rng(0)
+    data = ops.parameter(list(SHAPE), np.float32, name="images")
+    data.output(0).set_names({"images"})
+    node: Any = data
+    for name, channels, kernel in (("large", 64, 3), ("small", 8, 1)):
+        depth = node.output(0).get_shape()[1]
+        weights = rng.normal(size=(channels, depth, kernel, kernel)).astype(np.float32) / depth
+        pad = [kernel // 2, kernel // 2]
+        node = ops.convolution(node, ops.constant(weights), [1, 1], pad, pad, [1, 1], name=name)
+        bias = ops.constant(rng.normal(size=(1, channels, 1, 1)).astype(np.float32))
+        node = ops.relu(ops.add(node, bias, name=f"{name} bias"))
+    node.output(0).set_names({"scores"})
+    return ov.Model([ops.result(node)], [data], "network")
+
+
+@pytest.fixture(scope="module")
+def model() -> ov.Model:
+    return network()
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    rng = np.random.default_rng(1)
+    samples = [{"images": rng.normal(size=SHAPE).astype(np.float32)} for _ in range(12)]
+    return from_arrays(samples, inputs=(TensorSpec(name="images", shape=SHAPE, dtype="float32"),))
+
+
+@pytest.fixture(scope="module")
+def quantized(model: ov.Model, data: Dataset) -> ov.Model:
+    return quantize(model, QuantizationPlan(), data, device=Device.CPU)
+
+
+def given(text: str, model: ov.Model, data: Dataset) -> dict[str, Any]:
+    target = Target.parse(text)
+    samples = [data[index] for index in range(4)]
+    return {"target": target, "spec": resolve(target), "reference": model, "samples": samples}
+
+
+# --------------------------------------------------------------------------- which one a target gets
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("host:CPU", HostYardstick), ("skylake:CPU", EmulatedCpuYardstick), ("skylake:GPU", ModelledGpuYardstick)],
+)
+def test_only_the_host_profile_is_this_machine(text: str, kind: type, model: ov.Model, data: Dataset):
+    known = given(text, model, data)
+    found = yardstick_for(known["target"], known["spec"], reference=model, samples=known["samples"])
+    assert type(found) is kind
+    assert found.target == known["target"]
+
+
+def test_cpu_beyond_this_host_is_refused_before_any_work(model: ov.Model, data: Dataset):
+    known = given("skylake:CPU", model, data)
+    yardstick = EmulatedCpuYardstick(**known, toolchain=CpuIsaToolchain(flags=frozenset({"sse4_1"})))
+    with pytest.raises(ToolchainMissing, match=r'"skylake:CPU".*lacks avx2.*run on a machine'):
+        yardstick.require()
+
+
+def test_npu_without_a_cost_model_is_refused_with_how_to_get_one(model: ov.Model, data: Dataset):
+    toolchain = NpuToolchain(find=lambda platform, places: ())
+    with pytest.raises(ToolchainMissing):
+        NpuYardstick(**given("lunar-lake:NPU", model, data), toolchain=toolchain).require()
+
+
+def test_gpu_profile_without_figures_is_told_which(model: ov.Model, data: Dataset):
+    known = given("skylake:GPU", model, data)
+    known["spec"] = known["spec"].model_copy(update={"peak_gops": {}, "bandwidth_gb_per_s": None})
+    with pytest.raises(TargetError, match=r"peak_gops\.f16, peak_gops\.f32, bandwidth_gb_per_s.*source"):
+        ModelledGpuYardstick(**known).require()
+
+
+# --------------------------------------------------------------------------- modelled latencies side by side
+
+
+def modelled(name: str, latency_ms: float) -> Measurement:
+    return Measurement(name=name, device="NPU", evidence=Evidence.MODELLED, latency_p50_ms=latency_ms)
+
+
+def test_modelled_ratios_are_points_and_differ_or_do_not():
+    bench = ModelledBench(measurements=(modelled("float", 3.0), modelled("INT8", 1.5), modelled("same", 1.5)))
+    faster = bench.compare("float", "INT8")
+    assert (faster.speedup, faster.low, faster.high, faster.is_significant) == (2.0, 2.0, 2.0, True)
+    assert faster.evidence is Evidence.MODELLED
+    assert not bench.compare("INT8", "same").is_significant
+    with pytest.raises(InputError, match='no contestant "int4"'):
+        bench.compare("float", "int4")
+
+
+def test_times_of_layers_go_to_the_blocks_that_they_belong_to(quantized: ov.Model):
+    small = next(node for node in quantized.get_ops() if node.get_friendly_name() == "small")
+    quantizer = small.input_value(0).get_node().get_friendly_name()
+    layers = {"large": 10.0, "large bias": 1.0, quantizer: 0.5, "small": 2.0, "elsewhere": 7.0}
+    assert times_of_blocks(quantized, ["large", "small"], layers) == {"large": 11.0, "small": 2.5}
+    assert times_of_blocks(quantized, ["small"], layers) == {"small": 2.5}
+
+
+# --------------------------------------------------------------------------- an emulated CPU
+
+
+class FakeCap:
+    """A capped child that is three times as fast with the last model as with the first."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Any] = []
+
+    def probe(self, spec: DeviceSpec) -> Availability:
+        return Availability(ok=True, name="fake")
+
+    def run_capped(self, spec: DeviceSpec, job: Any, *, timeout_s: float) -> CappedRun:
+        self.jobs.append(job)
+        if isinstance(job, LatencyJob):
+            assert all(path.is_file() for path in job.models)
+            pace = [(1.0 + 2.0 * (number == 0)) for number in range(len(job.models))]
+            drift = 1.0 + len(self.jobs)  # the machine slows down from job to job
+            rounds = tuple(
+                tuple((drift * each, drift * each) for _ in range(job.rounds)) for each in pace
+            )
+            return CappedRun(isa_cap="AVX2", samples_ms=rounds)
+        if isinstance(job, BlockTimesJob):
+            return CappedRun(isa_cap="AVX2", times_us=dict.fromkeys(job.blocks, 1.0))
+        assert isinstance(job, PredictJob)
+        count = write_calls(job.outputs, ({job.names[0]: np.ones(3)} for _ in read_calls(job.calls)))
+        return CappedRun(isa_cap="AVX2", calls=count)
+
+
+@pytest.fixture
+def emulated(model: ov.Model, data: Dataset) -> EmulatedCpuYardstick:
+    return EmulatedCpuYardstick(**given("skylake:CPU", model, data), toolchain=FakeCap())
+
+
+def test_emulated_latency_is_a_ratio_in_units_of_the_first_float_time(
+    emulated: EmulatedCpuYardstick, quantized: ov.Model
+):
+    first, second = emulated.measure(INT8_F32, quantized), emulated.measure(INT8_F32, quantized)
+    assert first.latency_p50_ms == pytest.approx(second.latency_p50_ms) == pytest.approx(2.0)
+    assert first.evidence is Evidence.EMULATED
+    assert "only ratios" in first.source
+    assert "AVX2" in first.device
+
+
+def test_emulated_comparison_has_an_interval(emulated: EmulatedCpuYardstick, model: ov.Model, quantized: ov.Model):
+    entries = {
+        "float": (CompressionPlan(), model, runtime_properties(CompressionPlan(), Device.CPU)),
+        "INT8": (INT8_F32, quantized, runtime_properties(INT8_F32, Device.CPU)),
+    }
+    bench = emulated.compare(entries)
+    found = bench.compare("float", "INT8")
+    assert found.evidence is Evidence.EMULATED
+    assert found.speedup == pytest.approx(3.0)
+    assert found.low < found.speedup < found.high
+    (job,) = emulated.toolchain.jobs
+    assert job.seconds == 2 * emulated.seconds_each
+    sizes = [each.size_bytes for each in bench.measurements]
+    assert sizes[1] < sizes[0]
+
+
+def test_only_what_the_cap_can_change_is_run_under_it(
+    emulated: EmulatedCpuYardstick, model: ov.Model, quantized: ov.Model, data: Dataset
+):
+    assert len(emulated.predict(CompressionPlan(), model, data)) == len(data)
+    assert emulated.toolchain.jobs == []
+    outputs = emulated.predict(INT8_F32, quantized, data)
+    assert [call["scores"].tolist() for call in outputs] == [[1.0, 1.0, 1.0]] * len(data)
+
+
+def test_lost_outputs_are_noticed(emulated: EmulatedCpuYardstick, quantized: ov.Model, data: Dataset):
+    class Losing(FakeCap):
+        def run_capped(self, spec: DeviceSpec, job: Any, *, timeout_s: float) -> CappedRun:
+            return CappedRun(isa_cap="AVX2", calls=write_calls(job.outputs, [{"scores": np.ones(3)}]))
+
+    emulated.toolchain = Losing()
+    with pytest.raises(ToolchainCrashed, match="of 12 calls"):
+        emulated.predict(INT8_F32, quantized, data)
+
+
+@pytest.mark.offline
+def test_capped_cpu_end_to_end(model: ov.Model, quantized: ov.Model, data: Dataset, tmp_path: Path):
+    yardstick = EmulatedCpuYardstick(**given("skylake:CPU", model, data))
+    found = yardstick.toolchain.probe(yardstick.spec)
+    if not found.ok:
+        pytest.skip(found.reason)
+    measured = yardstick.measure(INT8_F32, quantized)
+    assert measured.evidence is Evidence.EMULATED and measured.latency_p50_ms > 0
+    times = yardstick.block_times(CompressionPlan(), model, ["large", "small"])
+    assert times["large"] > times["small"] > 0
+    reference = yardstick.predict(CompressionPlan(), model, data)
+    outputs = yardstick.predict(INT8_F32, quantized, data)
+    assert set(outputs[0]) == set(reference[0])
+    assert np.abs(outputs[0]["scores"] - reference[0]["scores"]).max() < 0.1 * np.abs(reference[0]["scores"]).max()
+    ir = tmp_path / "model.xml"
+    ov.save_model(quantized, ir, compress_to_fp16=False)
+    properties = runtime_properties(INT8_F32, Device.CPU)
+    build = yardstick.compile(ir, properties, tmp_path / "model.blob")
+    assert build.target == yardstick.target
+    assert build.properties == properties  # those of the product, not those that the cap needs
+    assert "avx2" in "".join(layer.kernel for layer in build.layers)
+
+
+# --------------------------------------------------------------------------- a modelled NPU
+
+
+class FakeNpu:
+    """Compiles anything; more tiles are faster up to four, and the estimate follows the size of the IR."""
+
+    def __init__(self) -> None:
+        self.estimates = 0
+
+    def estimate_latency(
+        self, path: Path, spec: DeviceSpec, properties: RuntimeProperties, *, timeout_s: float = 0
+    ) -> NpuEstimate:
+        self.estimates += 1
+        tiles = int(properties.as_dict().get("NPU_TILES", "2"))
+        return NpuEstimate(
+            properties=properties,
+            latency_ms=path.with_suffix(".bin").stat().st_size / 1e4 / min(tiles, 4),
+            layer_us={"large": 5.0, "small": 1.0, "(scheduling)": 2.0},
+            is_lower_bound=True,
+            uncounted=1,
+            blob_bytes=1,
+            dpu_us=1,
+            memory_bound=0,
+            source="a fake",
+            warnings=("TopK counts as nothing",),
+        )
+
+    def compile(
+        self, path: Path, spec: DeviceSpec, *, properties: RuntimeProperties, output: Path, timeout_s: float
+    ) -> Build:
+        output.write_bytes(b"blob")
+        target = Target(profile=spec.name, device=spec.kind)
+        return Build(target=target, toolchain="fake", evidence=Evidence.MODELLED, properties=properties)
+
+
+@pytest.fixture
+def npu(model: ov.Model, data: Dataset) -> NpuYardstick:
+    return NpuYardstick(**given("lunar-lake:NPU", model, data), toolchain=FakeNpu())
+
+
+def test_npu_latency_is_modelled_and_its_bound_is_told(npu: NpuYardstick, quantized: ov.Model):
+    found = npu.measure(INT8, quantized)
+    assert found.evidence is Evidence.MODELLED
+    assert found.source == "a fake"
+    assert found.warnings == ("the modelled latency is a lower bound", "TopK counts as nothing")
+    assert npu.float_precisions == (Precision.F16,)
+
+
+def test_npu_outputs_are_those_of_this_cpu_in_f32(npu: NpuYardstick, model: ov.Model, data: Dataset):
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    expected = compiled(data[0])[compiled.output(0)]
+    np.testing.assert_allclose(npu.predict(FLOAT16, model, data)[0]["scores"], expected, rtol=1e-4, atol=1e-5)
+    assert npu.replay_on(RuntimeProperties.of({"NPU_TILES": 4})) == (
+        Device.CPU,
+        RuntimeProperties.of({"INFERENCE_PRECISION_HINT": "f32"}),
+    )
+    assert any("f16 arithmetic is not emulated" in note for note in npu.notes)
+
+
+def test_npu_blob_is_compiled_with_tuned_options_and_says_so(npu: NpuYardstick, quantized: ov.Model, tmp_path: Path):
+    ir = tmp_path / "model.xml"
+    ov.save_model(quantized, ir, compress_to_fp16=False)
+    build = npu.compile(ir, runtime_properties(INT8, Device.NPU), tmp_path / "model.blob")
+    assert build.properties.as_dict()["NPU_TILES"] == "4"
+    assert build.target == npu.target
+    assert (tmp_path / "model.blob").read_bytes() == b"blob"
+    (told,) = [each for each in build.diagnostics if each.code == "NPU_TUNED"]
+    assert "NPU_TILES=4" in told.message
+
+
+@pytest.mark.offline
+def test_npu_end_to_end(model: ov.Model, quantized: ov.Model, data: Dataset):
+    yardstick = NpuYardstick(**given("lunar-lake:NPU", model, data))
+    try:
+        yardstick.require()
+    except ToolchainMissing as exc:
+        pytest.skip(str(exc))
+    times = yardstick.block_times(INT8, quantized, ["large", "small"])
+    assert min(times.values()) > 0
+    latency = yardstick.measure(INT8, quantized).latency_p50_ms
+    assert sum(times.values()) / 1e3 < latency
+    assert yardstick.compare({"again": (INT8, quantized, runtime_properties(INT8, Device.NPU))}).measurements[
+        0
+    ].latency_p50_ms == latency
+
+
+# --------------------------------------------------------------------------- a modelled GPU
+
+
+class FakeGpu:
+    """A driver that answers, or fails, as it is told."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def probe(self, spec: DeviceSpec) -> Availability:
+        return Availability(ok=self.error is None, name="fake", reason="none", fix="install the driver")
+
+    def compile(
+        self, path: Path, spec: DeviceSpec, *, properties: RuntimeProperties, output: Path, timeout_s: float
+    ) -> Build:
+        if self.error is not None:
+            raise self.error
+        target = Target(profile=spec.name, device=spec.kind)
+        layer = LayerReport(name="large", type="Convolution", precision="i8")
+        return Build(target=target, toolchain="fake", evidence=Evidence.COMPILED, layers=(layer,))
+
+
+def gpu(text: str, model: ov.Model, data: Dataset, error: Exception | None = None) -> ModelledGpuYardstick:
+    return ModelledGpuYardstick(**given(text, model, data), toolchain=FakeGpu(error))
+
+
+@pytest.mark.parametrize(("text", "gains"), [("alder-lake:GPU", True), ("skylake:GPU", False)])
+def test_int8_pays_only_where_the_gpu_computes_it(
+    text: str, gains: bool, model: ov.Model, quantized: ov.Model, data: Dataset
+):
+    yardstick = gpu(text, model, data)
+    slow, fast = yardstick.measure(FLOAT16, model), yardstick.measure(INT8, quantized)
+    assert (fast.latency_p50_ms < slow.latency_p50_ms) is gains
+    assert fast.evidence is Evidence.MODELLED
+    times = yardstick.block_times(FLOAT16, model, ["large", "small"])
+    assert times["large"] > times["small"] > 0
+
+
+def test_gpu_build_is_the_drivers(model: ov.Model, data: Dataset, tmp_path: Path):
+    yardstick = gpu("alder-lake:GPU", model, data)
+    ir = tmp_path / "model.xml"
+    ov.save_model(model, ir)
+    build = yardstick.compile(ir, RuntimeProperties(), tmp_path / "model.blob")
+    assert (build.target, build.evidence, build.blob) == (yardstick.target, Evidence.COMPILED, None)
+
+
+def test_layers_that_were_left_in_float_on_purpose_are_no_finding(quantized: ov.Model, tmp_path: Path):
+    half = quantized.clone()
+    small = next(node for node in half.get_ops() if node.get_friendly_name() == "small")
+    small.input(0).replace_source_output(small.input_value(0).get_node().input_value(0))
+    ov.save_model(half, tmp_path / "model.xml")
+    told = [
+        Diagnostic(severity="warning", code=code, message="left in f16", layer=layer)
+        for code in ("GPU_FLOAT_LAYER", "GPU_REFERENCE_KERNEL")
+        for layer in ("large", "small")
+    ]
+    target = Target.parse("alder-lake:GPU")
+    build = Build(target=target, toolchain="fake", evidence=Evidence.COMPILED, diagnostics=tuple(told))
+    left = without_intended(build, tmp_path / "model.xml").diagnostics
+    assert [(each.code, each.layer) for each in left] == [
+        ("GPU_FLOAT_LAYER", "large"),
+        ("GPU_REFERENCE_KERNEL", "large"),
+        ("GPU_REFERENCE_KERNEL", "small"),
+    ]
+
+
+@pytest.mark.parametrize("error", [ToolchainMissing("no driver"), ToolchainCrashed("SIGFPE")])
+def test_missing_driver_fails_no_run(error: Exception, model: ov.Model, data: Dataset, tmp_path: Path):
+    properties = RuntimeProperties.of({"PERFORMANCE_HINT": "LATENCY"})
+    build = gpu("alder-lake:GPU", model, data, error).compile(tmp_path / "m.xml", properties, tmp_path / "b")
+    assert build.evidence is Evidence.NOT_CHECKED
+    assert build.properties == properties
+    (told,) = build.diagnostics
+    assert str(error) in told.message
+    assert ("install the driver" in told.message) is isinstance(error, ToolchainMissing)
+
+
+def test_refusal_of_the_gpu_compiler_is_not_hidden(model: ov.Model, data: Dataset, tmp_path: Path):
+    yardstick = gpu("alder-lake:GPU", model, data, ToolchainRefused("Inverse is not supported"))
+    with pytest.raises(ToolchainRefused, match="Inverse"):
+        yardstick.compile(tmp_path / "m.xml", RuntimeProperties(), tmp_path / "b")
+
+
+@pytest.mark.offline
+def test_gpu_end_to_end(model: ov.Model, quantized: ov.Model, data: Dataset, tmp_path: Path):
+    yardstick = ModelledGpuYardstick(**given("alder-lake:GPU", model, data))
+    found = GpuToolchain().probe(yardstick.spec)
+    if not found.ok:
+        pytest.skip(found.reason)
+    ir = tmp_path / "model.xml"
+    ov.save_model(quantized, ir, compress_to_fp16=False)
+    build = yardstick.compile(ir, runtime_properties(INT8, Device.GPU), tmp_path / "model.blob")
+    assert build.evidence is Evidence.COMPILED
+    assert {layer.precision for layer in build.layers if layer.type == "Convolution"} <= {"i8", "u8"}
+
+
+def test_host_is_measured_and_replayed_on_itself(model: ov.Model, data: Dataset):
+    spec = detect_host().devices[Device.CPU]
+    target = Target.parse("host:CPU")
+    yardstick = HostYardstick(target=target, spec=spec, reference=model, samples=[data[0]])
+    properties = RuntimeProperties.of({"NUM_STREAMS": 1})
+    assert yardstick.replay_on(properties) == (Device.CPU, properties)
+    assert yardstick.measure(CompressionPlan(), model).evidence is Evidence.MEASURED
