@@ -389,6 +389,51 @@ def sdpa(*, scaled: bool = True) -> ov.Model:
     return model([net.dense(op.add(net.dense(y, 24, name="proj"), x), 5, name="head")], [x])
 
 
+def grouped_queries() -> ov.Model:
+    """Two heads of keys and values serve four heads of queries: they are repeated by broadcast."""
+    net = Net()
+    x = net.input(-1, 6, 24)
+
+    def parted(name: str, heads: int) -> ov.Node:
+        value = op.reshape(net.dense(x, 6 * heads, name=name), net.ints(0, 0, heads, 6), True)
+        return op.transpose(value, net.ints(0, 2, 1, 3))
+
+    def repeated(value: ov.Node) -> ov.Node:
+        wide = op.broadcast(
+            op.unsqueeze(value, net.ints(2)), net.ints(1, 2, 2, 6, 6), broadcast_spec="BIDIRECTIONAL"
+        )
+        return op.reshape(wide, net.ints(0, 4, 6, 6), True)
+
+    q, k, v = parted("q", 4), repeated(parted("k", 2)), repeated(parted("v", 2))
+    scores = op.softmax(op.matmul(q, k, False, True), -1)
+    y = op.transpose(op.matmul(scores, v, False, False), net.ints(0, 2, 1, 3))
+    y = op.add(net.dense(op.reshape(y, net.ints(0, 0, 24), True), 24, name="proj"), x)
+    return model([net.dense(y, 5, name="head")], [x])
+
+
+def einsum_attention() -> ov.Model:
+    net = Net()
+    x = net.input(-1, 6, 24)
+    q, k, v = (op.reshape(net.dense(x, 32, name=name), net.ints(0, 0, 4, 8), True) for name in "qkv")
+    scores = op.softmax(op.einsum([q, k], "bihd,bjhd->bhij"), -1)
+    y = op.reshape(op.einsum([scores, v], "bhij,bjhd->bihd"), net.ints(0, 0, 32), True)
+    return model([net.dense(op.add(net.dense(y, 24, name="proj"), x), 5, name="head")], [x])
+
+
+def split_attention() -> ov.Model:
+    """ResNeSt: the halves of a grouped convolution's output are weighed against each other and summed."""
+    net = Net()
+    x = net.input(-1, 3, 8, 8)
+    y = op.relu(net.conv(x, 12, name="stem"))
+    y = op.relu(net.group_conv(y, 2, 20, name="radix"))
+    parts = op.reshape(y, net.ints(0, 2, 10, 8, 8), True)
+    pooled = op.reduce_mean(op.reduce_sum(parts, net.ints(1), False), net.ints(2, 3), True)
+    gate = net.conv(op.relu(net.conv(pooled, 6, 1, name="fc1")), 20, 1, name="fc2")
+    gate = op.softmax(op.reshape(gate, net.ints(0, 2, 10, 1, 1), True), 1)
+    y = op.reduce_sum(op.multiply(parts, gate), net.ints(1), False)
+    return model([net.head(net.conv(y, 7, 1, name="last"))], [x])
+
+
 def yolo() -> ov.Model:
     """A detection head: anchors split off by reshape, boxes and scores by split, levels joined."""
     net = Net()
@@ -518,7 +563,8 @@ GRAPHS: Mapping[str, Callable[[], ov.Model]] = {
     for each in (
         chain, flatten_head, residual, option_a, depthwise, inverted_residual, dense_net, fire,
         channel_shuffle, grouped, shuffled_groups, inception, unet, two_inputs_two_outputs, shared_weight,
-        shared_vectors, vit, bert, sdpa, yolo, text_cnn, lstm, half_constants, fake_quantized, glu, pixel_shuffle,
+        shared_vectors, vit, bert, sdpa, grouped_queries, einsum_attention,
+        split_attention, yolo, text_cnn, lstm, half_constants, fake_quantized, glu, pixel_shuffle,
         indexed, whole_branch_norm,
     )
 }  # fmt: skip

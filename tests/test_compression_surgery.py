@@ -92,7 +92,7 @@ def test_each_group_that_may_vanish_can_go(name: str) -> None:
             assert proven_difference(net, coupling, [GroupWidth(group=group.name, kept=())], rng) < TOLERANCE
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     pieces=st.lists(st.sampled_from(sorted(PIECES)), min_size=1, max_size=4),
     seed=st.integers(0, 999),

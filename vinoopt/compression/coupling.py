@@ -163,7 +163,7 @@ class Trace:
         """These indices must stay."""
         if labels is None:
             return
-        free = np.unique(labels[labels >= 0])
+        free = labels[labels >= 0]
         if free.size:
             self.freezes.append((free, np.full(free.size, self.reason(reason), np.int64)))
 

@@ -58,8 +58,8 @@ def solve(trace: Trace) -> Solution:
     best = _Resolver(trace, banned).run()
     last, best_units = best, _count_units(trace, best)
     for _ in range(MAX_SECOND_THOUGHTS):
-        collapsed = _collapsed(trace, last) - banned
-        if not collapsed:
+        collapsed = _collapsed(trace, last)
+        if collapsed <= banned:
             break
         banned |= collapsed
         last = _Resolver(trace, banned).run()
@@ -80,14 +80,16 @@ def _count_units(trace: Trace, solution: Solution) -> int:
 
 
 def _collapsed(trace: Trace, solution: Solution) -> set[tuple[tuple[str, str], int]]:
-    result = set()
+    """Choices that leave fewer than two units; where a preference was followed to that end, only those."""
+    found = []
     for site in trace.sites:
         choice = solution.chosen[site.key]
         if choice is not None and site.factors[choice].size > 1:
             units = np.unique(solution.components_of(site.factors[choice]))
             if (units >= 0).sum() < 2:
-                result.add((site.key, choice))
-    return result
+                found.append((site, choice))
+    preferred = {(site.key, choice) for site, choice in found if site.preferred == choice}
+    return preferred or {(site.key, choice) for site, choice in found}
 
 
 class _Resolver:
@@ -172,16 +174,17 @@ class _Resolver:
                 self._freeze(labels, reason)
 
     def _freeze(self, labels: Labels, reason: int) -> None:
-        free = np.unique(labels[labels >= 0])
+        free = labels[labels >= 0]
         self.freezes.append((free, np.full(free.size, reason, np.int64)))
 
 
 def _clusters(
     undecided: Sequence[tuple[Site, list[int]]], decided: Sequence[tuple[Site, int]], solution: Solution
 ) -> list[tuple[Site, int]]:
-    """Choices that share units are made together: the most sites first, then the most preferred, then units.
+    """Choices that share units are made together.
 
-    Sites decided before count for the choices that share their units.
+    First those that follow what is decided before, then those of the most sites, the most preferred, of the most
+    units.
     """
     candidates = [*decided, *((site, index) for site, alive in undecided for index in alive)]
     groups = _connected([solution.components_of(site.factors[index]) for site, index in candidates])
@@ -189,12 +192,14 @@ def _clusters(
     for candidate, group in zip(candidates, groups, strict=True):
         clusters.setdefault(int(group), []).append(candidate)
 
-    def rank(cluster: list[tuple[Site, int]]) -> tuple[int, int, int]:
-        sites = len({site.key for site, _ in cluster})
-        preferred = sum(site.preferred == index for site, index in cluster)
-        return -sites, -preferred, -sum(site.factors[index].size for site, index in cluster)
-
     open_keys = {site.key for site, _ in undecided}
+
+    def rank(cluster: list[tuple[Site, int]]) -> tuple[int, int, int, int]:
+        keys = {site.key for site, _ in cluster}
+        preferred = sum(site.preferred == index for site, index in cluster)
+        units = sum(site.factors[index].size for site, index in cluster)
+        return -len(keys - open_keys), -len(keys), -preferred, -units
+
     made: dict[tuple[str, str], tuple[Site, int]] = {}
     touched: set[tuple[str, str]] = set()
     for cluster in sorted(clusters.values(), key=rank):
