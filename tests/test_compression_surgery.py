@@ -318,6 +318,18 @@ def test_shared_models(shared: Path, name: str) -> None:
         assert verify_pruning(pruned, reference, [random_sample(net, rng, length=length)]) < TOLERANCE
 
 
+def test_real_images(shared: Path) -> None:
+    with np.load(shared / "data" / "cifar10_dev.npz") as data:
+        images = next(data[key][:32] for key in data.files if data[key].ndim == 4)
+    if images.shape[-1] == 3:
+        images = images.transpose(0, 3, 1, 2)
+    net = read(shared / "models" / "cifar_resnet20.onnx")
+    coupling = find_groups(net)
+    widths = random_widths(coupling.groups, np.random.default_rng(2), vanish=0.3, most=1)
+    pruned, reference = apply_pruning(net, coupling, widths).model, zeroed_reference(net, coupling, widths)
+    assert verify_pruning(pruned, reference, [{"0": images.astype(np.float32) / 255}]) < TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(LIGHT.glob("*.onnx")), ids=lambda path: path.stem)
 def test_light_graphs_of_onnx(path: Path) -> None:
