@@ -219,6 +219,21 @@ def test_a_depthwise_layer_in_between_is_passed():
     assert error_of(refit_sequential(model, pruned, samples), model, samples) < 0.9 * plain
 
 
+def test_a_grouped_layer_that_reads_channels_away_is_refitted_group_by_group():
+    rng, samples = np.random.default_rng(6), samples_of(64)
+    x = opset.parameter([-1, 3, 10, 10], np.float32)
+    x.output(0).set_names({"x"})
+    first = opset.relu(conv(rng, x, 12, "first", inputs=3))
+    second = opset.group_convolution(first, weights_of(rng, 2, 4, 6, 3, 3), [1, 1], [1, 1], [1, 1], [1, 1])
+    second.set_friendly_name("second")
+    model = ov.Model([opset.result(second)], [x], "grouped")
+    pruned, statistics = pruned_net(model, keep=0.5, calibration=samples)
+    assert [(cut.name, cut.kept_columns.size) for cut in pruned.consumers] == [("second", 6)]
+    plain = error_of(pruned.model, model, samples)
+    assert error_of(refit_local(model, pruned, statistics), model, samples) < 0.8 * plain
+    assert error_of(refit_sequential(model, pruned, samples), model, samples) < 0.8 * plain
+
+
 # --------------------------------------------------------------------------- sequential refit
 
 
