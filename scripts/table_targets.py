@@ -186,10 +186,10 @@ def compiled(yardstick: Any, model: ov.Model, properties: RuntimeProperties) -> 
         blob = ir.with_name("model.blob")
         if yardstick.spec.kind is not Device.NPU:
             build: Build = yardstick.compile(ir, properties, blob)
-            return build
-        build = yardstick.toolchain.compile(
-            ir, yardstick.spec, properties=properties, output=blob, timeout_s=TIMEOUT_S
-        )
+        else:
+            build = yardstick.toolchain.compile(
+                ir, yardstick.spec, properties=properties, output=blob, timeout_s=TIMEOUT_S
+            )
     return build
 
 

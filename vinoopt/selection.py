@@ -197,15 +197,17 @@ class _Selection:
         )
 
     def faster_baseline(self, bench: SideBySide, plan: CompressionPlan) -> CompressionPlan | None:
-        """The fastest baseline inside the budget that the plan does not beat beyond noise, or at least in size."""
+        """The fastest baseline inside the budget that is faster, or simpler and beaten in neither time nor size."""
         beaten: list[tuple[float, CompressionPlan]] = []
         name = self.name_of(plan)
+        names = list(self.contestants(plan))  # the simplest first
         for other, each in self.contestants(plan).items():
             if each == plan:
                 continue
             comparison = bench.compare(other, name)
             is_better = comparison.is_significant and comparison.speedup < 1
-            is_simpler = not comparison.is_significant and not self._is_smaller(bench, other, name)
+            is_equal = not comparison.is_significant and not self._is_smaller(bench, other, name)
+            is_simpler = is_equal and names.index(other) < names.index(name)
             if (is_better or is_simpler) and self._is_inside(each):
                 beaten.append((comparison.speedup, each))
         return min(beaten, key=lambda pair: pair[0])[1] if beaten else None

@@ -53,6 +53,11 @@ class Yardstick(Protocol):
         """Float formats worth trying there; the first is the reference."""
         ...
 
+    @property
+    def arithmetic(self) -> str:
+        """What computes predictions: two targets that name the same get the same outputs from the same model."""
+        ...
+
     def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
         """Latency of a candidate on the target, in whatever evidence can be had."""
         ...

@@ -34,6 +34,8 @@ MAX_SAMPLES = 16
 _FLOAT_LAYER_CODES = frozenset({"CPU_FLOAT_LAYER", "GPU_FLOAT_LAYER"})
 F32 = RuntimeProperties.of({"INFERENCE_PRECISION_HINT": "f32"})
 """Exact arithmetic on this CPU, which would choose bf16 by itself where it has that."""
+F32_HERE = "f32 on this CPU"
+"""Name of the arithmetic of `predict_in_f32`."""
 
 
 def runtime_properties(plan: CompressionPlan, device: Device) -> RuntimeProperties:

@@ -81,6 +81,11 @@ class EmulatedCpuYardstick:
             f"{self.spec.name}; cores, caches and clock stayed this host's: only ratios of times mean anything",
         )
 
+    @property
+    def arithmetic(self) -> str:
+        """That of the capped instruction set."""
+        return f"{Device.CPU} under {self._cap}"
+
     def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
         """Latency of the candidate, run side by side with the float model under the cap.
 

@@ -51,6 +51,11 @@ class HostYardstick:
         halves = [p for p in self.spec.precisions if p in (Precision.BF16, Precision.F16)]
         return (Precision.F32, *halves)
 
+    @property
+    def arithmetic(self) -> str:
+        """The device's own."""
+        return f"{self.spec.kind} of this machine"
+
     def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
         """Latency of the candidate, run side by side with the float model.
 

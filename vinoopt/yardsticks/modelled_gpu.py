@@ -26,7 +26,15 @@ from vinoopt.records import (
     Target,
 )
 from vinoopt.toolchains.gpu import GpuToolchain
-from vinoopt.yardsticks.base import F32, Entry, Sample, predict_in_f32, weight_bytes, without_intended
+from vinoopt.yardsticks.base import (
+    F32,
+    F32_HERE,
+    Entry,
+    Sample,
+    predict_in_f32,
+    weight_bytes,
+    without_intended,
+)
 from vinoopt.yardsticks.modelled import ModelledBench, times_of_blocks
 
 _TIMEOUT_S = 900.0
@@ -71,6 +79,11 @@ class ModelledGpuYardstick:
             f"latency is modelled from the peak rates and bandwidth of {self.spec.name}: a lower bound that ranks "
             "variants and is not a measurement",
         )
+
+    @property
+    def arithmetic(self) -> str:
+        """f32 on this CPU."""
+        return F32_HERE
 
     def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
         """Modelled latency of the candidate; the same every time."""

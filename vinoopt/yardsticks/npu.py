@@ -26,7 +26,15 @@ from vinoopt.records import (
 from vinoopt.toolchains.npu import DEFAULT_TIMEOUT_S, NpuEstimate, NpuToolchain
 from vinoopt.toolchains.npu_tuning import NpuTuning, tune_npu
 from vinoopt.toolchains.process import child_folder
-from vinoopt.yardsticks.base import F32, Entry, Sample, predict_in_f32, runtime_properties, weight_bytes
+from vinoopt.yardsticks.base import (
+    F32,
+    F32_HERE,
+    Entry,
+    Sample,
+    predict_in_f32,
+    runtime_properties,
+    weight_bytes,
+)
 from vinoopt.yardsticks.modelled import ModelledBench, times_of_blocks
 
 
@@ -57,6 +65,11 @@ class NpuYardstick:
             "accuracy was judged on this CPU in f32; the NPU's f16 arithmetic is not emulated",
             "latency is modelled by Intel's NPU compiler: it ranks variants and is not a measurement",
         )
+
+    @property
+    def arithmetic(self) -> str:
+        """f32 on this CPU."""
+        return F32_HERE
 
     def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
         """Modelled latency of the candidate; the same every time."""
