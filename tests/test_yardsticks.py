@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,18 @@ import numpy as np
 import openvino as ov
 import pytest
 from openvino import opset13 as ops
+from rich.console import Console
 
+import vinoopt
 from vinoopt.accuracy.datasets import Dataset, from_arrays
+from vinoopt.bundle import Bundle
 from vinoopt.compiler import yardstick_for
 from vinoopt.compression.quantize import quantize
+from vinoopt.demo import demo_files
 from vinoopt.errors import InputError, TargetError, ToolchainCrashed, ToolchainMissing, ToolchainRefused
-from vinoopt.hardware.detect import detect_host
+from vinoopt.frontend.preprocess import read_preprocess
+from vinoopt.hardware.detect import cpu_flags, detect_host
+from vinoopt.hardware.isa import ISAS
 from vinoopt.hardware.profile import resolve
 from vinoopt.records import (
     Availability,
@@ -23,6 +30,7 @@ from vinoopt.records import (
     Device,
     DeviceSpec,
     Diagnostic,
+    Event,
     Evidence,
     LayerReport,
     Measurement,
@@ -32,6 +40,8 @@ from vinoopt.records import (
     Target,
     TensorSpec,
 )
+from vinoopt.report import render_manifest
+from vinoopt.store import cache_folder
 from vinoopt.toolchains.calls import read_calls, write_calls
 from vinoopt.toolchains.cpu_isa import BlockTimesJob, CappedRun, CpuIsaToolchain, LatencyJob, PredictJob
 from vinoopt.toolchains.gpu import GpuToolchain
@@ -442,3 +452,88 @@ def test_host_is_measured_and_replayed_on_itself(model: ov.Model, data: Dataset)
     properties = RuntimeProperties.of({"NUM_STREAMS": 1})
     assert yardstick.replay_on(properties) == (Device.CPU, properties)
     assert yardstick.measure(CompressionPlan(), model).evidence is Evidence.MEASURED
+
+
+# --------------------------------------------------------------------------- the whole job
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    cache, prepared = tmp_path_factory.mktemp("cache"), cache_folder() / "npu"
+    if prepared.is_dir():
+        (cache / "npu").symlink_to(prepared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VINOOPT_CACHE_DIR", str(cache))
+        yield
+
+
+def compile_demo(output: Path, *targets: str, **options: Any) -> Bundle:
+    files = demo_files()
+    return vinoopt.compile(
+        files.model,
+        targets=targets,
+        data=str(files.data),
+        labels="labels",
+        preprocess=read_preprocess(files.preprocess),
+        shape="images[1,1,32,32]",
+        output=output,
+        prune=False,
+        effort="fast",
+        **options,
+    )
+
+
+def test_float_wins_where_int8_gains_nothing(tmp_path: Path, own_cache: None):
+    bundle = compile_demo(tmp_path / "out", "skylake:GPU")  # Gen9 has no INT8 arithmetic
+    (result,) = bundle.manifest.targets
+    assert result.plan == CompressionPlan(float_precision=Precision.F16)
+    assert {each.evidence for each in result.measurements} == {Evidence.MODELLED}
+    assert result.build.evidence in (Evidence.COMPILED, Evidence.NOT_CHECKED)
+    properties = json.loads((bundle.path / "skylake-gpu" / "runtime.json").read_text())
+    assert properties["INFERENCE_PRECISION_HINT"] == "f16"  # the GPU's, though the replay ran in f32
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("CPU", ToolchainMissing, "needs AVX512_CORE_AMX_FP16.*run on a machine"),
+        ("GPU", TargetError, r"lacks peak_gops\.f16, peak_gops\.f32, bandwidth"),
+    ],
+)
+def test_what_is_missing_is_told_before_the_first_search(
+    kind: str, error: type, words: str, tmp_path: Path, own_cache: None
+):
+    if kind == "CPU" and ISAS["AVX512_CORE_AMX_FP16"].flags <= cpu_flags():
+        pytest.skip("this machine has every instruction set there is")
+    profile = tmp_path / "mine.toml"
+    profile.write_text(
+        'schema = 1\ninherits = "family-core-avx2-gen9"\ntitle = "Mine"\n'
+        'devices.CPU.offline = { isa_cap = "AVX512_CORE_AMX_FP16", has_vnni = true }\n'
+    )
+    events: list[Event] = []
+    with pytest.raises(error, match=words):
+        compile_demo(tmp_path / "out", "host:CPU", f"{profile}:{kind}", on_event=events.append)
+    assert not any(event.stage in ("search", "trial") for event in events)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.offline
+def test_four_kinds_of_target_in_one_bundle(tmp_path: Path, own_cache: None):
+    targets = ("host:CPU", "lunar-lake:NPU", "alder-lake:GPU", "skylake:CPU")
+    if not NpuToolchain().probe(resolve(Target.parse("lunar-lake:NPU"))).ok:
+        pytest.skip("no NPU compiler is here; run vinoopt doctor --install npu")
+    bundle = compile_demo(tmp_path / "out", *targets)
+    evidence = {str(r.target): r.measurements[0].evidence for r in bundle.manifest.targets}
+    assert evidence == {
+        "host:CPU": Evidence.MEASURED,
+        "lunar-lake:NPU": Evidence.MODELLED,
+        "alder-lake:GPU": Evidence.MODELLED,
+        "skylake:CPU": Evidence.EMULATED,
+    }
+    assert (bundle.path / "lunar-lake-npu" / "model.blob").stat().st_size > 1000
+    console = Console(width=100, record=True)
+    render_manifest(bundle.manifest, "out", console=console)
+    text = console.export_text()
+    for target, each in evidence.items():
+        assert any(target in line and each.value in line for line in text.splitlines())
