@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -56,3 +57,16 @@ def test_an_option_that_is_slower_and_more_damaging_is_never_picked() -> None:
 def test_an_item_without_options_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         trace_frontier({"conv": []})
+
+
+def test_a_choice_that_cannot_be_run_is_never_picked() -> None:
+    points = trace_frontier(
+        {
+            "conv": [
+                Option(name="f32", damage=0, time_us=10),
+                Option(name="int8", damage=1, time_us=5),
+                Option(name="int4", damage=math.inf, time_us=1),
+            ]
+        }
+    )
+    assert [point.picks["conv"] for point in points] == ["f32", "int8"]

@@ -19,7 +19,7 @@ _COMMANDS = {
     "inspect": ("vinoopt.cli.inspect:command", "Say what is in an ONNX model and what can be done with it."),
     "verify": ("vinoopt.cli.verify:command", "Check a bundle on the machine that will run it."),
     "bench": ("vinoopt.cli.bench:bench", "Measure models side by side on this machine."),
-    "compare": ("vinoopt.cli.bench:compare", "Compare two records of `bench`."),
+    "compare": ("vinoopt.cli.bench:compare", "Say whether one model is faster than another."),
     "tune": ("vinoopt.cli.tune:tune", "Find the runtime properties that suit a model and a device."),
     "profiles": ("vinoopt.cli.profiles:profiles", "List, show, check, detect and compare hardware profiles."),
     "doctor": ("vinoopt.cli.doctor:command", "Say which devices and toolchains are here, and what is missing."),

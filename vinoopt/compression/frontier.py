@@ -9,6 +9,7 @@ integer solution for its own time, so the walk is the frontier that a search nee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -42,7 +43,7 @@ def trace_frontier(items: Mapping[str, Sequence[Option]]) -> tuple[FrontierPoint
     dropped in the first point already. Raises `ValueError` for an item without options.
     """
     hulls = {name: _lower_hull(options) for name, options in items.items()}
-    picks = {name: 0 for name in hulls}
+    picks = dict.fromkeys(hulls, 0)
     steps = sorted(
         (_slope(slow, fast), name, position)  # cheapest damage per time saved first
         for name, hull in hulls.items()
@@ -56,11 +57,12 @@ def trace_frontier(items: Mapping[str, Sequence[Option]]) -> tuple[FrontierPoint
 
 
 def _lower_hull(options: Sequence[Option]) -> tuple[Option, ...]:
-    """Options on the lower convex hull, from the least damage to the least time."""
+    """Options on the lower convex hull, from the least damage to the least time; infinite damage is never picked."""
     if not options:
         raise ValueError("an item needs at least one option")
     hull: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.damage, o.time_us, o.name)):
+    usable = [option for option in options if math.isfinite(option.damage)] or options[:1]
+    for option in sorted(usable, key=lambda o: (o.damage, o.time_us, o.name)):
         if hull and option.time_us >= hull[-1].time_us:
             continue  # slower or equal, and not less damaging
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], option):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from vinoopt.accuracy.evaluate import Predictions, Scores, paired_drop, score
 from vinoopt.accuracy.metrics import Metric
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.sensitivity import divergence
-from vinoopt.errors import CompressionError, DeviceError, MetricError, ToolchainError
+from vinoopt.errors import CompressionError, DeviceError, MetricError, PlanError, ToolchainError
 from vinoopt.records import (
     AccuracyBudget,
     CompressionPlan,
@@ -36,7 +37,7 @@ PROBE_SAMPLES = (8, 32)
 PROBE_MS = 400.0
 """What the float model may take for them; between the bounds this decides."""
 
-_CANDIDATE_ERRORS = (CompressionError, DeviceError, ToolchainError, MetricError)
+CANDIDATE_ERRORS = (CompressionError, DeviceError, PlanError, ToolchainError, MetricError)
 """What may go wrong with one candidate without ending the search; a bug in this package ends it."""
 
 
@@ -164,7 +165,7 @@ class Judge:
             ).value
             is_inside = drop <= self.budget.max_drop
             timed = self.yardstick.measure(plan, model) if is_inside or is_anchor else None
-        except _CANDIDATE_ERRORS as exc:
+        except CANDIDATE_ERRORS as exc:
             error = str(exc).splitlines()[0]
             return serde.replace(trial, error=error, seconds=time.monotonic() - started)
         return serde.replace(
@@ -189,7 +190,10 @@ class Judge:
         def probe() -> float:
             sample = self.probe_data
             reference = [self.reference[i] for i in range(len(sample))]
-            return divergence(reference, list(self.yardstick.predict(plan, make(), sample)))
+            try:
+                return divergence(reference, list(self.yardstick.predict(plan, make(), sample)))
+            except CANDIDATE_ERRORS:
+                return math.inf  # a choice that cannot be built or run is never taken
 
         return self._tables().once(f"damage {kind} {where} {_key(plan)}", probe)
 

@@ -105,7 +105,7 @@ def _import_nncf() -> ModuleType:
         before = sys.modules.get(name)
         sys.modules[name] = None  # type: ignore[assignment]  # makes `import openvino_telemetry` fail
         try:
-            import nncf  # noqa: F401
+            import nncf
         finally:
             if before is None:
                 del sys.modules[name]

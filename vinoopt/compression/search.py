@@ -10,6 +10,7 @@ bisection goes on until it finds nothing faster.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,11 @@ from functools import partial
 
 from vinoopt import serde
 from vinoopt.compression.frontier import FrontierPoint, Option, trace_frontier
-from vinoopt.compression.judge import Judge
+from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
 from vinoopt.compression.precision import find_blocks
 from vinoopt.compression.sensitivity import block_damages
 from vinoopt.compression.width_search import BlockTables, WidthSearch
 from vinoopt.compression.widths import prepare
-from vinoopt.errors import CompressionError
 from vinoopt.records import (
     CompressionPlan,
     Precision,
@@ -153,7 +153,12 @@ class _Run:
         """Pruned candidates, from the fastest one inside the budget so far."""
         if self._is_late():
             return
-        ground = min(self._inside(), key=_latency).plan
+        try:
+            self._widths(min(self._inside(), key=_latency).plan)
+        except CANDIDATE_ERRORS as exc:
+            self.reasons.append(f"pruning was left out: {str(exc).splitlines()[0]}")
+
+    def _widths(self, ground: CompressionPlan) -> None:
         workshop = self.judge.workshop
         kit = self.judge.shared.once(
             "pruning kit",
@@ -198,11 +203,10 @@ class _Run:
                 break
             self.say(f"recipe {name}")
             plan = CompressionPlan(quantization=recipe, float_precision=self._rest_precision())
-            try:
-                damages[name] = (self.judge.damage(plan, partial(self.judge.workshop.build, plan)), recipe)
-            except CompressionError as exc:
-                self.reasons.append(f"recipe {name} failed: {exc}")
+            damages[name] = (self.judge.damage(plan, partial(self.judge.workshop.build, plan)), recipe)
+        damages = {name: entry for name, entry in damages.items() if math.isfinite(entry[0])}
         if not damages:
+            self.reasons.append("no recipe of the quantizer gives a model that runs")
             return None
         best = min(damages, key=lambda name: damages[name][0])
         if best != "plain":

@@ -138,7 +138,11 @@ def width_damages(
             width: max(probe(kit.widths({name: width})), 0.0)
             for width in sorted({_middle(offers[name]), *_ends(offers[name])})
         }
-        damages[name] = _follow(kit.orders[name], offers[name], seen)
+        finite = {width: damage for width, damage in seen.items() if math.isfinite(damage)}
+        least = min((width for width in finite if width), default=None)
+        if least is not None:
+            usable = [width for width in offers[name] if width >= least or width in finite]
+            damages[name] = _follow(kit.orders[name], usable, finite)
     return damages
 
 
