@@ -54,6 +54,8 @@ Array = np.ndarray[Any, Any]
 GOLDEN_SAMPLES = 4
 PARITY_SAMPLES = 4
 MEASURED_SAMPLES = 16
+HELD_BYTES = 512 << 20
+"""Of each part of the data that may be held in memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,12 +237,18 @@ def _splits(
             )
         return from_arrays(what, inputs=source.inputs, labels=its_labels)
 
-    return split(
+    parts = split(
         load(data, labels),
         subset_size=request.subset_size,
         seed=request.seed,
         calibration=None if calibration_data is None else load(calibration_data, None),
         test=None if test_data is None else load(test_data, test_labels),
+    )
+    # Every candidate is run on these: images are decoded once where the memory allows.
+    return Splits(
+        calibration=parts.calibration.held(HELD_BYTES),
+        search=parts.search.held(HELD_BYTES),
+        test=parts.test.held(HELD_BYTES),
     )
 
 

@@ -82,6 +82,29 @@ class Dataset:
         return f"{self.title}: {self.samples} samples{calls}, {kind}"
 
 
+    def held(self, limit_bytes: int) -> Dataset:
+        """The same set with its samples in memory, read and decoded once, where they need no more than that."""
+        if not len(self):
+            return self
+        size = sum(array.nbytes for array in self[0].values())
+        if size * len(self) > limit_bytes:
+            return self
+        return replace(self, reader=_Held(samples=tuple(self)), indices=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Held:
+    """Samples that lie in memory as the model takes them."""
+
+    samples: tuple[Sample, ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
 def _take(labels: Labels, chosen: Array) -> Labels:
     return labels[chosen] if isinstance(labels, np.ndarray) else tuple(labels[int(i)] for i in chosen)
 

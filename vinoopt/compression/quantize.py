@@ -23,7 +23,7 @@ _RANGES = {
     "quantile": "MEAN_QUANTILE",
     "histogram": "HISTOGRAM",
 }
-"""`QuantizationPlan.activation_range` -> a name in `nncf.quantization.range_estimator.RangeEstimatorParametersSet`."""
+"""`QuantizationPlan.activation_range` -> a name in NNCF's `RangeEstimatorParametersSet`."""
 
 
 def quantize(model: ov.Model, plan: QuantizationPlan, calibration: Dataset, *, device: Device) -> ov.Model:
