@@ -136,6 +136,29 @@ def test_gpu_profile_without_figures_is_told_which(model: ov.Model, data: Datase
         ModelledGpuYardstick(**known).require()
 
 
+def test_refusal_of_the_float_model_is_told_before_any_work(model: ov.Model, data: Dataset):
+    class Refusing(FakeNpu):
+        def estimate_latency(self, *arguments: Any, **options: Any) -> NpuEstimate:
+            raise ToolchainRefused("Unique is not supported")
+
+    with pytest.raises(ToolchainRefused, match=r'target "lunar-lake:NPU": Unique'):
+        NpuYardstick(**given("lunar-lake:NPU", model, data), toolchain=Refusing()).require()
+    with pytest.raises(ToolchainRefused, match=r'target "alder-lake:GPU": Inverse'):
+        gpu("alder-lake:GPU", model, data, ToolchainRefused("Inverse")).require()
+    gpu("alder-lake:GPU", model, data, ToolchainMissing("no driver")).require()  # a run goes on without it
+
+
+def test_artefact_of_the_cap_is_told_before_any_work(model: ov.Model, data: Dataset):
+    class Artefact(FakeCap):
+        def compile(self, path: Path, spec: DeviceSpec, **options: Any) -> Build:
+            told = Diagnostic(severity="warning", code="CPU_ISA_CAP_ARTEFACT", message="not under AVX2")
+            target = Target(profile=spec.name, device=spec.kind)
+            return Build(target=target, toolchain="t", evidence=Evidence.NOT_CHECKED, diagnostics=(told,))
+
+    with pytest.raises(ToolchainCrashed, match=r'target "skylake:CPU": not under AVX2'):
+        EmulatedCpuYardstick(**given("skylake:CPU", model, data), toolchain=Artefact()).require()
+
+
 # --------------------------------------------------------------------------- modelled latencies side by side
 
 
@@ -271,6 +294,9 @@ class FakeNpu:
 
     def __init__(self) -> None:
         self.estimates = 0
+
+    def require_cost_model(self, spec: DeviceSpec) -> None:
+        pass
 
     def estimate_latency(
         self, path: Path, spec: DeviceSpec, properties: RuntimeProperties, *, timeout_s: float = 0

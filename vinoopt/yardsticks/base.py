@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -14,6 +15,7 @@ from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.compression.judge import Yardstick
 from vinoopt.cost_model import layer_precisions
+from vinoopt.errors import ToolchainError
 from vinoopt.records import (
     Build,
     Comparison,
@@ -22,8 +24,10 @@ from vinoopt.records import (
     DeviceSpec,
     Measurement,
     RuntimeProperties,
+    Target,
 )
 from vinoopt.toolchains.host import known_as
+from vinoopt.toolchains.process import child_folder
 
 Sample: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 Entry: TypeAlias = tuple[CompressionPlan, ov.Model, RuntimeProperties]
@@ -88,6 +92,24 @@ class TargetYardstick(Yardstick, Protocol):
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
         """The device of this machine, and its properties, on which golden outputs are computed and replayed."""
         ...
+
+
+@contextmanager
+def about(target: Target) -> Iterator[None]:
+    """Puts the target's name before the message of a toolchain's error."""
+    try:
+        yield
+    except ToolchainError as exc:
+        raise type(exc)(f'target "{target}": {exc}') from exc
+
+
+@contextmanager
+def saved(model: ov.Model) -> Iterator[Path]:
+    """The model as an IR file, as long as the block runs."""
+    with child_folder() as folder:
+        path = folder / "model.xml"
+        ov.save_model(model, path, compress_to_fp16=False)
+        yield path
 
 
 def predict_in_f32(model: ov.Model, data: Dataset) -> Predictions:

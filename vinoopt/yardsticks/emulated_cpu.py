@@ -34,8 +34,10 @@ from vinoopt.yardsticks.base import (
     MAX_SAMPLES,
     Entry,
     Sample,
+    about,
     predict_in_f32,
     runtime_properties,
+    saved,
     weight_bytes,
     without_intended,
 )
@@ -62,10 +64,19 @@ class EmulatedCpuYardstick:
     _reference_ms: float | None = field(default=None, init=False)
 
     def require(self) -> None:
-        """Raises `ToolchainMissing` where this host lacks instructions of the profile's CPU."""
+        """Raises `ToolchainMissing` where this host lacks instructions of the profile's CPU.
+
+        Raises `ToolchainRefused` where OpenVINO cannot compile the float model, and `ToolchainCrashed` where it
+        can, but not under the cap.
+        """
         found = self.toolchain.probe(self.spec)
         if not found.ok:
             raise ToolchainMissing(f'target "{self.target}": {found.reason}; {found.fix}')
+        properties = runtime_properties(CompressionPlan(), Device.CPU)
+        with about(self.target), saved(self.reference) as path:
+            build = self.compile(path, properties, path.with_name("model.blob"))
+            if build.evidence is Evidence.NOT_CHECKED:
+                raise ToolchainCrashed("; ".join(each.message for each in build.diagnostics))
 
     @property
     def float_precisions(self) -> tuple[Precision, ...]:

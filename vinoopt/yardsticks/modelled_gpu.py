@@ -31,7 +31,10 @@ from vinoopt.yardsticks.base import (
     F32_HERE,
     Entry,
     Sample,
+    about,
     predict_in_f32,
+    runtime_properties,
+    saved,
     weight_bytes,
     without_intended,
 )
@@ -55,7 +58,10 @@ class ModelledGpuYardstick:
     toolchain: GpuToolchain = field(default_factory=GpuToolchain)
 
     def require(self) -> None:
-        """Raises `TargetError` where the profile lacks figures that the cost model needs."""
+        """Raises `TargetError` where the profile lacks figures that the cost model needs.
+
+        Raises `ToolchainRefused` where the GPU's compiler, if it is here, refuses the float model.
+        """
         needed = {each for each in self.spec.precisions if each in (*_FLOATS, Precision.INT8)}
         lacking = [f"peak_gops.{each}" for each in sorted(needed) if each not in self.spec.peak_gops]
         lacking += [] if self.spec.bandwidth_gb_per_s is not None else ["bandwidth_gb_per_s"]
@@ -65,6 +71,9 @@ class ModelledGpuYardstick:
                 f'target "{self.target}": its profile lacks {", ".join(lacking)}, without which no candidate can '
                 "be timed; give them, with their source, in a profile of your own that inherits from this one"
             )
+        properties = runtime_properties(CompressionPlan(float_precision=self.float_precisions[0]), Device.GPU)
+        with about(self.target), saved(self.reference) as path:
+            self.compile(path, properties, path.with_name("model.blob"))
 
     @property
     def float_precisions(self) -> tuple[Precision, ...]:

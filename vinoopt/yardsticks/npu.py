@@ -25,14 +25,15 @@ from vinoopt.records import (
 )
 from vinoopt.toolchains.npu import DEFAULT_TIMEOUT_S, NpuEstimate, NpuToolchain
 from vinoopt.toolchains.npu_tuning import NpuTuning, tune_npu
-from vinoopt.toolchains.process import child_folder
 from vinoopt.yardsticks.base import (
     F32,
     F32_HERE,
     Entry,
     Sample,
+    about,
     predict_in_f32,
     runtime_properties,
+    saved,
     weight_bytes,
 )
 from vinoopt.yardsticks.modelled import ModelledBench, times_of_blocks
@@ -50,8 +51,14 @@ class NpuYardstick:
     toolchain: NpuToolchain = field(default_factory=NpuToolchain)
 
     def require(self) -> None:
-        """Raises `ToolchainMissing` where no compiler with a cost model is here: nothing could be ranked."""
-        self.toolchain.require_cost_model(self.spec)
+        """Raises `ToolchainMissing` where no compiler with a cost model is here: nothing could be ranked.
+
+        Raises `ToolchainRefused` where it refuses the float model: no candidate would fare better.
+        """
+        with about(self.target):
+            self.toolchain.require_cost_model(self.spec)
+            plan = CompressionPlan(float_precision=self.float_precisions[0])
+            self._estimate(self.reference, runtime_properties(plan, Device.NPU))
 
     @property
     def float_precisions(self) -> tuple[Precision, ...]:
@@ -124,9 +131,7 @@ class NpuYardstick:
         )
 
     def _estimate(self, model: ov.Model, properties: RuntimeProperties) -> NpuEstimate:
-        with child_folder() as folder:
-            path = folder / "model.xml"
-            ov.save_model(model, path, compress_to_fp16=False)
+        with saved(model) as path:
             return self.toolchain.estimate_latency(path, self.spec, properties)
 
 
