@@ -38,6 +38,7 @@ def compile_demo(output: Path, **options: object) -> Bundle:
             "labels": "labels",
             "budget": BUDGET,
             "preprocess": read_preprocess(FILES.preprocess),
+            "tune": False,
             "output": output,
             **options,
         },
@@ -58,7 +59,7 @@ def events() -> list[Event]:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> Bundle:
-    return compile_demo(tmp_path_factory.mktemp("out") / "digits", on_event=events.append)
+    return compile_demo(tmp_path_factory.mktemp("out") / "digits", tune=True, on_event=events.append)
 
 
 def test_the_result_is_inside_the_budget_and_faster_than_float(bundle: Bundle) -> None:
@@ -82,6 +83,21 @@ def test_the_parts_do_not_overlap_and_are_told(bundle: Bundle, events: list[Even
     splits = bundle.manifest.splits
     assert sum(splits.values()) == len(images()[0])
     assert any("calibration" in e.message and "test" in e.message for e in events if e.stage == "data")
+
+
+def test_runtime_settings_were_raced_and_told(bundle: Bundle) -> None:
+    assert any("runtime setting" in reason for reason in bundle.result("CPU").reasons)
+    properties = json.loads((bundle.path / "host-cpu" / "runtime.json").read_text())
+    assert properties == bundle.result("CPU").properties.as_dict()
+    assert "INFERENCE_PRECISION_HINT" in properties
+
+
+def test_the_report_is_one_page_with_every_trial_and_no_network(bundle: Bundle) -> None:
+    page = (bundle.path / "report.html").read_text()
+    assert page.count("<circle") == sum(t.latency is not None for t in _trials(bundle))
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+    assert bundle.result("CPU").plan.title in page
 
 
 def test_every_candidate_is_in_the_journal(bundle: Bundle) -> None:

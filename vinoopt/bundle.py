@@ -26,6 +26,7 @@ from vinoopt.records import (
     TargetResult,
     Trial,
 )
+from vinoopt.report import render_html
 from vinoopt.toolchains.host import compile_here
 from vinoopt.toolchains.process import run_child
 
@@ -240,8 +241,9 @@ def write_golden(
 
 
 def write_documents(folder: Path, manifest: Manifest, trials: Sequence[Trial]) -> Manifest:
-    """Write README and trials, then the manifest with the checksum of every file; gives that manifest."""
+    """Write README, report and trials, then the manifest with the checksum of every file; gives that manifest."""
     (folder / README).write_text(_readme(manifest), encoding="utf-8")
+    (folder / REPORT).write_text(render_html(manifest, trials), encoding="utf-8")
     (folder / TRIALS).write_text("".join(serde.to_json(t) + "\n" for t in trials), encoding="utf-8")
     files = {
         str(file.relative_to(folder).as_posix()): serde.sha256_file(file)

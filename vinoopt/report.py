@@ -1,13 +1,24 @@
-"""What a manifest says, for people: text on a terminal."""
+"""What a manifest says, for people: text on a terminal and a page for a browser."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import html
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from vinoopt.records import Build, Comparison, Evidence, Manifest, Measurement, TargetResult
+from vinoopt.records import (
+    Build,
+    Comparison,
+    Evidence,
+    Manifest,
+    Measurement,
+    TargetResult,
+    Trial,
+    TrialState,
+)
 
 _MODELLED = frozenset({Evidence.MODELLED, Evidence.EMULATED})
 _SHOWN = 4
@@ -135,3 +146,106 @@ def _number(value: float | None) -> str:
 
 def _kilobytes(measurement: Measurement) -> str:
     return "" if measurement.size_bytes is None else f"{measurement.size_bytes / 1000:.0f}"
+
+
+# --------------------------------------------------------------------------- the page
+
+_WIDTH, _HEIGHT, _MARGIN = 640, 320, 48
+_COLOURS = {TrialState.COMPLETE: "#0068b5", TrialState.OVER_BUDGET: "#c0504d", TrialState.FAILED: "#999999"}
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:.5rem 0}td,th{padding:.15rem .8rem .15rem 0;text-align:left}
+th{border-bottom:1px solid #bbb}h2{margin-top:2rem}svg{max-width:100%;height:auto}small,.axis{color:#666;fill:#666}
+"""
+
+
+def render_html(manifest: Manifest, trials: Sequence[Trial]) -> str:
+    """The report as one self-contained page: results, reasons and every trial, without scripts or network."""
+    name = html.escape(Path(manifest.request.model).name)
+    parts = [
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{name}</title>",
+        f"<style>{_STYLE}</style></head><body><h1>{name}</h1>",
+        f"<p>{html.escape(_budget_words(manifest))}</p>",
+    ]
+    for result in manifest.targets:
+        own = [trial for trial in trials if trial.target == str(result.target)]
+        parts += _target_section(result, own)
+    host = manifest.host
+    versions = ", ".join(f"{package} {version}" for package, version in host.versions.items())
+    parts.append(
+        f"<p><small>{html.escape(host.cpu)}, {host.cores} cores; {html.escape(versions)}; "
+        f"{manifest.trials} trials in {manifest.seconds:.0f} s</small></p></body></html>\n"
+    )
+    return "\n".join(parts)
+
+
+def _budget_words(manifest: Manifest) -> str:
+    budget = manifest.request.budget
+    splits = ", ".join(f"{part} {size}" for part, size in manifest.splits.items())
+    return f"Budget: {budget.max_drop:g} {budget.drop_type} of {budget.metric}. Samples: {splits}."
+
+
+def _target_section(result: TargetResult, trials: Sequence[Trial]) -> Iterator[str]:
+    yield f"<h2>{html.escape(str(result.target))}: {html.escape(result.plan.title)}</h2>"
+    rows = [
+        (each.name, _ms(each), _number(each.latency_p90_ms), _kilobytes(each), each.evidence.value)
+        for each in result.measurements
+    ]
+    yield _html_table(("contestant", "p50 ms", "p90 ms", "weights kB", "evidence"), rows)
+    lines = [*map(comparison_line, result.comparisons), *result.reasons, *build_lines(result.build)]
+    yield "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+    yield _scatter(trials, result)
+    yield "<h3>Trials</h3>"
+    yield _html_table(
+        ("#", "plan", "what", "state", "drop (search part)", "ms"),
+        [
+            (
+                str(t.number),
+                t.plan.title,
+                t.note,
+                t.state.value.replace("_", " "),
+                "" if t.drop is None else f"{t.drop:+.4f}",
+                t.error if t.latency is None else _ms(t.latency),
+            )
+            for t in trials
+        ],
+    )
+
+
+def _html_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _scatter(trials: Sequence[Trial], result: TargetResult) -> str:
+    """Drop against latency of the trials that have both; the chosen plan has a ring."""
+    seen = [(t, t.latency.latency_p50_ms, t.drop) for t in trials if t.latency is not None and t.drop is not None]
+    if not seen:
+        return ""
+    right = 1.05 * max(ms for _, ms, _ in seen)
+    low, high = min(0.0, *(d for *_, d in seen)), max(0.0, *(d for *_, d in seen))
+    span = (high - low) or 1e-6
+
+    def place(ms: float, drop: float) -> tuple[float, float]:
+        x = _MARGIN + ms / right * (_WIDTH - 2 * _MARGIN)
+        return x, _HEIGHT - _MARGIN - (drop - low) / span * (_HEIGHT - 2 * _MARGIN)
+
+    dots = []
+    for trial, ms, drop in seen:
+        x, y = place(ms, drop)
+        ring = " stroke='#222' stroke-width='2'" if trial.plan == result.plan else ""
+        label = html.escape(f"#{trial.number} {trial.plan.title}: {ms:.3g} ms, drop {drop:+.4f}")
+        dots.append(
+            f"<circle cx='{x:.1f}' cy='{y:.1f}' r='5' fill='{_COLOURS[trial.state]}'{ring}>"
+            f"<title>{label}</title></circle>"
+        )
+    _, zero = place(0, 0)
+    return (
+        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img' aria-label='drop against latency'>"
+        f"<line x1='{_MARGIN}' y1='{zero:.1f}' x2='{_WIDTH - _MARGIN}' y2='{zero:.1f}' stroke='#ccc'/>"
+        f"<text class='axis' x='{_WIDTH / 2}' y='{_HEIGHT - 8}'>latency, 0 to {right:.3g} ms</text>"
+        f"<text class='axis' x='4' y='16'>drop on the search part, {low:+.4f} to {high:+.4f}</text>"
+        + "".join(dots)
+        + "</svg>"
+    )

@@ -16,6 +16,7 @@ from vinoopt.records import (
     Comparison,
     CompressionPlan,
     Drop,
+    RuntimeProperties,
     Trial,
     TrialState,
     Verdict,
@@ -53,6 +54,8 @@ class Choice:
     reasons: tuple[str, ...]
     trials: tuple[Trial, ...]
     interrupted: bool = False
+    properties: RuntimeProperties
+    """What the model runs with; tuned where that was asked for."""
 
 
 def choose(
@@ -93,6 +96,7 @@ def choose(
         comparisons=tuple(bench.compare(other, name) for other in others),
         reasons=(sentence(drop, judge.budget), *yardstick.notes, *run.reasons),
         trials=found.trials,
+        properties=runtime_properties(plan, yardstick.spec.kind),
     )
 
 

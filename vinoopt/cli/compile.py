@@ -38,6 +38,7 @@ INTERRUPTED = 130
 @click.option("--ignored-scope", multiple=True, help="NAME, re:PATTERN or type:OPERATOR to leave alone; repeatable.")
 @click.option("--no-quantize", is_flag=True, help="Keep the model in float.")
 @click.option("--no-prune", is_flag=True, help="Keep all channels.")
+@click.option("--no-tune", is_flag=True, help="Keep the latency hint; race no other runtime properties.")
 @click.option("--max-pruning", type=click.FloatRange(0, 1, max_open=True), default=0.5, show_default=True)
 @click.option("--effort", type=click.Choice(["fast", "balanced", "thorough"]), default="balanced", show_default=True)
 @click.option("--time-limit", help="Stop searching after 90s, 15m, 2h and take the best so far.")
@@ -114,6 +115,7 @@ def _arguments(options: dict[str, Any]) -> dict[str, Any]:
         "time_limit_s": seconds_from(options["time_limit"]),
         "seed": options["seed"],
         "allow_code": options["allow_code"],
+        "tune": not options["no_tune"],
         "resume": options["resume"],
     }
 

@@ -23,6 +23,9 @@ T = TypeVar("T")
 Pruner = Callable[[tuple[GroupWidth, ...]], ov.Model]
 """Widths -> the float model with those units removed and its consumers refitted."""
 
+Corrector = Callable[[tuple[GroupWidth, ...], ov.Model], ov.Model]
+"""Widths and their quantized model -> the same with its biases corrected."""
+
 
 @dataclass(kw_only=True)
 class Workshop:
@@ -39,6 +42,7 @@ class Workshop:
     ignored: tuple[str, ...] = ()
     """Layers that the user wants left alone: float in every plan."""
     prune: Pruner | None = None
+    correct: Corrector | None = None
     _pruned: OrderedDict[str, ov.Model] = field(default_factory=OrderedDict)
     _pairs: OrderedDict[str, QuantizedPair] = field(default_factory=OrderedDict)
 
@@ -74,12 +78,16 @@ class Workshop:
         def make() -> QuantizedPair:
             original = self.pruned(widths)
             name = f"int8-{self.device.value.lower()}-{key[:24]}"
-            quantized = self._stored(
-                name, lambda: quantize(original, recipe, self.calibration, device=self.device)
-            )
+            quantized = self._stored(name, lambda: self._quantized(original, widths, recipe))
             return QuantizedPair(original=original, quantized=quantized)
 
         return _kept(self._pairs, key, make)
+
+    def _quantized(
+        self, original: ov.Model, widths: tuple[GroupWidth, ...], recipe: QuantizationPlan
+    ) -> ov.Model:
+        model = quantize(original, recipe, self.calibration, device=self.device)
+        return self.correct(widths, model) if widths and self.correct is not None else model
 
     def _stored(self, name: str, make: Callable[[], ov.Model]) -> ov.Model:
         path = self.store.folder / f"{name}.xml"

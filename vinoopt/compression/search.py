@@ -173,7 +173,7 @@ class _Run:
         if kit is None:
             self.reasons.append("no group of channels of this model can be removed; see vinoopt inspect")
             return
-        workshop.prune = kit.thoroughly
+        workshop.prune, workshop.correct = kit.thoroughly, kit.corrected
         stage = WidthSearch(
             self.judge,
             kit,

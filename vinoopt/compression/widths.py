@@ -14,7 +14,7 @@ import openvino as ov
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.compression.frontier import Option
 from vinoopt.compression.groups import Coupling, find_groups
-from vinoopt.compression.refit import RefitSettings, mean_outputs, refit_local, refit_sequential
+from vinoopt.compression.refit import RefitSettings, correct_bias, mean_outputs, refit_local, refit_sequential
 from vinoopt.compression.saliency import Statistics, UnitOrder, collect_statistics, order_units
 from vinoopt.compression.surgery import PrunedModel, apply_pruning
 from vinoopt.records import GroupWidth, PruningGroup
@@ -55,7 +55,20 @@ class PruningKit:
     def thoroughly(self, widths: tuple[GroupWidth, ...]) -> ov.Model:
         """Removed and refitted layer by layer on the pruned model's own activations."""
         settings = RefitSettings(seed=self.seed)
-        return refit_sequential(self.source, self.cut(widths), self.samples, settings=settings)
+        cut = self.cut(widths)
+        return refit_sequential(
+            self.source, cut, self.samples, statistics=self.statistics, settings=settings
+        )
+
+    def corrected(self, widths: tuple[GroupWidth, ...], quantized: ov.Model) -> ov.Model:
+        """The quantized pruned model with biases moved so that mean outputs are the whole float model's."""
+        cut = self.cut(widths)
+        kept_rows = {layer.name: layer.kept_rows for layer in (*cut.consumers, *cut.producers)}
+        layers = [layer.name for layer in cut.consumers]
+        settings = RefitSettings(seed=self.seed)
+        return correct_bias(
+            self.source, quantized, self.samples, layers, kept_rows=kept_rows, settings=settings
+        )
 
     def widths(self, kept: Mapping[str, int]) -> tuple[GroupWidth, ...]:
         """The plan that keeps so many units of each group; groups that keep all are left out."""
