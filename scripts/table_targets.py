@@ -249,7 +249,19 @@ def kept(path: Path) -> list[Line]:
 
 def show(lines: Sequence[Line]) -> None:
     table = Table(box=None, pad_edge=False)
-    columns = ("model", "target", "verdict", "float ms", "INT8 ms", "x", "INT8 layers", "ref", "SHAVE", "s", "why")
+    columns = (
+        "model",
+        "target",
+        "verdict",
+        "float ms",
+        "INT8 ms",
+        "x",
+        "INT8 layers",
+        "ref",
+        "SHAVE",
+        "s",
+        "why",
+    )
     for title in columns:
         table.add_column(title, overflow="fold")
     for line in lines:
@@ -270,14 +282,18 @@ def row(line: Line) -> Iterator[Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", action="append", help="name of a file, without .onnx; repeatable")
     parser.add_argument("--target", action="append", help="PROFILE:DEVICE; repeatable")
     parser.add_argument("--dimension", type=int, default=224, help="for open dimensions but the first")
     options = parser.parse_args()
-    models = [p for p in sorted(options.folder.rglob("*.onnx")) if not options.model or p.stem in options.model]
+    models = [
+        p for p in sorted(options.folder.rglob("*.onnx")) if not options.model or p.stem in options.model
+    ]
     targets = [Target.parse(text) for text in options.target] if options.target else default_targets()
     for line in lines_of(models, targets, options):
         with options.output.open("a", encoding="utf-8") as stream:

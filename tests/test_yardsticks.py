@@ -107,7 +107,11 @@ def given(text: str, model: ov.Model, data: Dataset) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("text", "kind"),
-    [("host:CPU", HostYardstick), ("skylake:CPU", EmulatedCpuYardstick), ("skylake:GPU", ModelledGpuYardstick)],
+    [
+        ("host:CPU", HostYardstick),
+        ("skylake:CPU", EmulatedCpuYardstick),
+        ("skylake:GPU", ModelledGpuYardstick),
+    ],
 )
 def test_only_the_host_profile_is_this_machine(text: str, kind: type, model: ov.Model, data: Dataset):
     known = given(text, model, data)
@@ -202,9 +206,7 @@ class FakeCap:
             assert all(path.is_file() for path in job.models)
             pace = [(1.0 + 2.0 * (number == 0)) for number in range(len(job.models))]
             drift = 1.0 + len(self.jobs)  # the machine slows down from job to job
-            rounds = tuple(
-                tuple((drift * each, drift * each) for _ in range(job.rounds)) for each in pace
-            )
+            rounds = tuple(tuple((drift * each, drift * each) for _ in range(job.rounds)) for each in pace)
             return CappedRun(isa_cap="AVX2", samples_ms=rounds)
         if isinstance(job, BlockTimesJob):
             return CappedRun(isa_cap="AVX2", times_us=dict.fromkeys(job.blocks, 1.0))
@@ -228,7 +230,9 @@ def test_emulated_latency_is_a_ratio_in_units_of_the_first_float_time(
     assert "AVX2" in first.device
 
 
-def test_emulated_comparison_has_an_interval(emulated: EmulatedCpuYardstick, model: ov.Model, quantized: ov.Model):
+def test_emulated_comparison_has_an_interval(
+    emulated: EmulatedCpuYardstick, model: ov.Model, quantized: ov.Model
+):
     entries = {
         "float": (CompressionPlan(), model, runtime_properties(CompressionPlan(), Device.CPU)),
         "INT8": (INT8_F32, quantized, runtime_properties(INT8_F32, Device.CPU)),
@@ -276,7 +280,10 @@ def test_capped_cpu_end_to_end(model: ov.Model, quantized: ov.Model, data: Datas
     reference = yardstick.predict(CompressionPlan(), model, data)
     outputs = yardstick.predict(INT8_F32, quantized, data)
     assert set(outputs[0]) == set(reference[0])
-    assert np.abs(outputs[0]["scores"] - reference[0]["scores"]).max() < 0.1 * np.abs(reference[0]["scores"]).max()
+    assert (
+        np.abs(outputs[0]["scores"] - reference[0]["scores"]).max()
+        < 0.1 * np.abs(reference[0]["scores"]).max()
+    )
     ir = tmp_path / "model.xml"
     ov.save_model(quantized, ir, compress_to_fp16=False)
     properties = runtime_properties(INT8_F32, Device.CPU)
@@ -348,7 +355,9 @@ def test_npu_outputs_are_those_of_this_cpu_in_f32(npu: NpuYardstick, model: ov.M
     assert any("f16 arithmetic is not emulated" in note for note in npu.notes)
 
 
-def test_npu_blob_is_compiled_with_tuned_options_and_says_so(npu: NpuYardstick, quantized: ov.Model, tmp_path: Path):
+def test_npu_blob_is_compiled_with_tuned_options_and_says_so(
+    npu: NpuYardstick, quantized: ov.Model, tmp_path: Path
+):
     ir = tmp_path / "model.xml"
     ov.save_model(quantized, ir, compress_to_fp16=False)
     build = npu.compile(ir, runtime_properties(INT8, Device.NPU), tmp_path / "model.blob")
@@ -370,9 +379,12 @@ def test_npu_end_to_end(model: ov.Model, quantized: ov.Model, data: Dataset):
     assert min(times.values()) > 0
     latency = yardstick.measure(INT8, quantized).latency_p50_ms
     assert sum(times.values()) / 1e3 < latency
-    assert yardstick.compare({"again": (INT8, quantized, runtime_properties(INT8, Device.NPU))}).measurements[
-        0
-    ].latency_p50_ms == latency
+    assert (
+        yardstick.compare({"again": (INT8, quantized, runtime_properties(INT8, Device.NPU))})
+        .measurements[0]
+        .latency_p50_ms
+        == latency
+    )
 
 
 # --------------------------------------------------------------------------- a modelled GPU

@@ -14,8 +14,12 @@ _HOW = {"CPU": "emulated", "GPU": "compiled", "NPU": "compiled and modelled"}
 
 
 @click.command("doctor")
-@click.option("--install", type=click.Choice(["npu"]), help="Install a toolchain into the user's cache folder.")
-@click.option("--wheel", type=click.Path(), help="OpenVINO's Windows wheel for --install, instead of a download.")
+@click.option(
+    "--install", type=click.Choice(["npu"]), help="Install a toolchain into the user's cache folder."
+)
+@click.option(
+    "--wheel", type=click.Path(), help="OpenVINO's Windows wheel for --install, instead of a download."
+)
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
 def command(install: str | None, wheel: str | None, as_json: bool) -> None:
     """Say which devices are here, for which others this machine can compile, and what is missing."""

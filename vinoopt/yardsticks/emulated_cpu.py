@@ -130,7 +130,9 @@ class EmulatedCpuYardstick:
             for call in read_calls(outputs):
                 predictions.append(call)
         if len(predictions) != len(data):
-            raise ToolchainCrashed(f"of {len(data)} calls under {self._cap} only {len(predictions)} came back")
+            raise ToolchainCrashed(
+                f"of {len(data)} calls under {self._cap} only {len(predictions)} came back"
+            )
         return predictions
 
     def block_times(

@@ -97,9 +97,7 @@ class HostYardstick:
     def compare(self, candidates: Mapping[str, Entry]) -> BenchResult:
         """All candidates side by side in interleaved rounds, long enough to tell them apart."""
         contestants = [
-            Contestant(
-                name=name, model=model, device=self.spec.kind.value, properties=properties.as_dict()
-            )
+            Contestant(name=name, model=model, device=self.spec.kind.value, properties=properties.as_dict())
             for name, (_, model, properties) in candidates.items()
         ]
         config = MeasureConfig(seconds=_FINAL_SECONDS * len(contestants))

@@ -44,7 +44,9 @@ class ModelledBench:
         raise InputError(f'no contestant "{name}" was modelled; there are {names}')
 
 
-def times_of_blocks(model: ov.Model, blocks: Iterable[str], layer_us: Mapping[str, float]) -> dict[str, float]:
+def times_of_blocks(
+    model: ov.Model, blocks: Iterable[str], layer_us: Mapping[str, float]
+) -> dict[str, float]:
     """The times of a compiler's layers gathered by the blocks that they belong to.
 
     A block's bias and dequantization belong to it; a quantizer that runs by itself belongs, in equal parts, to
