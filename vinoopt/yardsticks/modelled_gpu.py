@@ -77,7 +77,7 @@ class ModelledGpuYardstick:
 
     @property
     def float_precisions(self) -> tuple[Precision, ...]:
-        """The formats that the GPU computes natively, f16 first where it has that."""
+        """The one float format worth trying: f16 where the GPU computes it natively, else f32."""
         return tuple(each for each in _FLOATS if each in self.spec.precisions)[:1]
 
     @property
