@@ -63,6 +63,12 @@ class Yardstick(Protocol):
         """Latency of a candidate on the target, in whatever evidence can be had."""
         ...
 
+    def measure_together(
+        self, candidates: Sequence[tuple[CompressionPlan, ov.Model]]
+    ) -> tuple[Measurement, ...]:
+        """Latencies of several candidates, taken so that they can be compared with each other."""
+        ...
+
     def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
         """Outputs as the target would compute them, as nearly as this machine can."""
         ...
@@ -129,24 +135,59 @@ class Judge:
             self._scores = score(self.metric, self.reference, self.data, self.reference)
         return self._scores
 
-    def judge(self, plan: CompressionPlan, *, note: str = "", is_anchor: bool = False) -> Trial:
+    def judge(self, plan: CompressionPlan, *, note: str = "") -> Trial:
         """The trial of `plan`: from the journal where it was judged before, else built and run now.
 
-        A candidate over budget is not timed, unless it is an anchor that others are compared with. What goes
-        wrong with the candidate makes the trial `FAILED`, with the error kept.
+        A candidate over budget is not timed. What goes wrong with the candidate makes the trial `FAILED`, with
+        the error kept.
         """
         known = self._known.get(_key(plan))
-        if known is not None and (known.latency is not None or not is_anchor):
-            trial = serde.replace(known, number=len(self.trials), note=note)
-        else:
-            trial = self._run(plan, note, is_anchor)
+        if known is not None:
+            return self._take(serde.replace(known, number=len(self.trials), note=note), is_new=False)
+        trial, model = self._run(plan, note)
+        if trial.state is TrialState.COMPLETE and model is not None:
+            trial = self._timed([(trial, model)])[0]
+        return self._take(trial, is_new=True)
+
+    def judge_anchors(self, plans: Mapping[str, Sequence[CompressionPlan]]) -> None:
+        """Trials of the plans that all others are compared with, by note: timed together, over budget or not."""
+        everything = [(note, plan) for note, each in plans.items() for plan in each]
+        if all(_key(plan) in self._known for _, plan in everything):
+            for note, plan in everything:
+                self.judge(plan, note=note)
+            return
+        ran: list[tuple[Trial, ov.Model | None]] = []
+        for note, plan in everything:
+            trial, model = self._run(plan, note)
+            ran.append((serde.replace(trial, number=len(self.trials) + len(ran)), model))
+        runnable = [(trial, model) for trial, model in ran if model is not None]
+        timed = {trial.number: trial for trial in self._timed(runnable)}
+        for trial, _ in ran:
+            self._take(timed.get(trial.number, trial), is_new=True)
+
+    def _take(self, trial: Trial, *, is_new: bool) -> Trial:
+        if is_new:
             self.store.append(self._journal, serde.to_json(trial))
-            self._known[_key(plan)] = trial
+            self._known[_key(trial.plan)] = trial
         self.trials.append(trial)
         self.on_trial(trial)
         return trial
 
-    def _run(self, plan: CompressionPlan, note: str, is_anchor: bool) -> Trial:
+    def _timed(self, candidates: Sequence[tuple[Trial, ov.Model]]) -> list[Trial]:
+        started = time.monotonic()
+        try:
+            times = self.yardstick.measure_together([(trial.plan, model) for trial, model in candidates])
+        except CANDIDATE_ERRORS as exc:
+            error = str(exc).splitlines()[0]
+            return [serde.replace(t, state=TrialState.FAILED, error=error) for t, _ in candidates]
+        spent = (time.monotonic() - started) / max(len(candidates), 1)
+        return [
+            serde.replace(trial, latency=latency, seconds=trial.seconds + spent)
+            for (trial, _), latency in zip(candidates, times, strict=True)
+        ]
+
+    def _run(self, plan: CompressionPlan, note: str) -> tuple[Trial, ov.Model | None]:
+        """The trial without its latency, and the model where it could be built and run."""
         started = time.monotonic()
         trial = Trial(
             number=len(self.trials),
@@ -163,19 +204,17 @@ class Judge:
             drop = paired_drop(
                 self.metric, self.reference_scores, scores, budget=self.budget, seed=self.seed
             ).value
-            is_inside = drop <= self.budget.max_drop
-            timed = self.yardstick.measure(plan, model) if is_inside or is_anchor else None
         except CANDIDATE_ERRORS as exc:
             error = str(exc).splitlines()[0]
-            return serde.replace(trial, error=error, seconds=time.monotonic() - started)
-        return serde.replace(
+            return serde.replace(trial, error=error, seconds=time.monotonic() - started), None
+        judged = serde.replace(
             trial,
-            state=TrialState.COMPLETE if is_inside else TrialState.OVER_BUDGET,
+            state=TrialState.COMPLETE if drop <= self.budget.max_drop else TrialState.OVER_BUDGET,
             accuracy=scores.accuracy,
             drop=drop,
-            latency=timed,
             seconds=time.monotonic() - started,
         )
+        return judged, model
 
     def damage(
         self, plan: CompressionPlan, make: Callable[[], ov.Model], *, is_shared: bool = False, kind: str = ""

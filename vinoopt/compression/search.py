@@ -105,18 +105,14 @@ class _Run:
     def anchors(self) -> None:
         """The float model in each format, then plain INT8 in each format for what it leaves in float."""
         formats = self.judge.yardstick.float_precisions
-        for precision in formats:
-            self.say(f"float model in {precision}")
-            self.judge.judge(CompressionPlan(float_precision=precision), note="float", is_anchor=True)
-        if not self.options.quantize:
-            return
-        for precision in formats:
-            self.say(f"plain INT8, the rest in {precision}")
-            self.judge.judge(
-                CompressionPlan(quantization=self.options.base, float_precision=precision),
-                note="plain INT8",
-                is_anchor=True,
-            )
+        anchors = {"float": [CompressionPlan(float_precision=precision) for precision in formats]}
+        if self.options.quantize:
+            base = self.options.base
+            anchors["plain INT8"] = [
+                CompressionPlan(quantization=base, float_precision=precision) for precision in formats
+            ]
+        self.say(f"{' and '.join(anchors)} in {', '.join(map(str, formats))}")
+        self.judge.judge_anchors(anchors)
 
     # ------------------------------------------------------------------ precisions
 
@@ -131,7 +127,11 @@ class _Run:
         if not blocks:
             self.reasons.append("NNCF quantized no layer of this model, so there is nothing to choose between")
             return
-        self._cost_table(recipe, precision, blocks)
+        try:
+            self._cost_table(recipe, precision, blocks)
+        except CANDIDATE_ERRORS as exc:
+            self.reasons.append(f"INT8 cannot be timed on {self.judge.yardstick.target}: {exc}")
+            return
         whole = CompressionPlan(quantization=recipe, float_precision=precision)
         is_inside = any(
             t.state is TrialState.COMPLETE and t.plan.quantization is not None for t in self.judge.trials
@@ -184,7 +184,10 @@ class _Run:
             deadline=self.options.deadline,
             say=self.say,
         )
-        self.reasons += stage.run(BlockTables(damages=self.damages, gains_us=self.gains))
+        try:
+            self.reasons += stage.run(BlockTables(damages=self.damages, gains_us=self.gains))
+        except CANDIDATE_ERRORS as exc:
+            self.reasons.append(f"widths cannot be timed on {self.judge.yardstick.target}: {exc}")
 
     def _inside(self) -> list[Trial]:
         return [t for t in self.judge.trials if t.state is TrialState.COMPLETE and t.latency is not None]

@@ -102,15 +102,25 @@ class EmulatedCpuYardstick:
 
         Given in units of the first measurement of the float model: only the ratio between the two is known.
         """
-        entries = {
-            "float": self._entry(CompressionPlan(), self.reference),
-            "candidate": self._entry(plan, model),
-        }
-        reference, candidate = self._race(entries, rounds=_SEARCH_ROUNDS, round_ms=_SEARCH_ROUND_MS)
+        return self.measure_together([(plan, model)])[0]
+
+    def measure_together(
+        self, candidates: Sequence[tuple[CompressionPlan, ov.Model]]
+    ) -> tuple[Measurement, ...]:
+        """Latencies of several candidates from the same interleaved rounds; see `measure`."""
+        entries = {"float": self._entry(CompressionPlan(), self.reference)}
+        entries |= {f"#{i}": self._entry(plan, model) for i, (plan, model) in enumerate(candidates)}
+        reference, *others = self._race(entries, rounds=_SEARCH_ROUNDS, round_ms=_SEARCH_ROUND_MS)
         if self._reference_ms is None:
             self._reference_ms = reference.latency_p50_ms
-        ratio = compare(reference, candidate).speedup
-        return serde.replace(candidate, name=plan.title, latency_p50_ms=self._reference_ms / ratio)
+        return tuple(
+            serde.replace(
+                other,
+                name=plan.title,
+                latency_p50_ms=self._reference_ms / compare(reference, other).speedup,
+            )
+            for other, (plan, _) in zip(others, candidates, strict=True)
+        )
 
     def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
         """Outputs of the candidate under the cap: those of that instruction set, saturation included.

@@ -62,16 +62,28 @@ class HostYardstick:
         Given in units of the first measurement of the float model: what else the machine did in the meantime
         falls out of the ratio.
         """
-        contestants = [
-            self._contestant(_REFERENCE, CompressionPlan(), self.reference),
-            self._contestant(plan.title if plan.title != _REFERENCE else "candidate", plan, model),
+        return self.measure_together([(plan, model)])[0]
+
+    def measure_together(
+        self, candidates: Sequence[tuple[CompressionPlan, ov.Model]]
+    ) -> tuple[Measurement, ...]:
+        """Latencies of several candidates from the same interleaved rounds; see `measure`."""
+        contestants = [self._contestant(_REFERENCE, CompressionPlan(), self.reference)]
+        contestants += [
+            self._contestant(f"#{number}", plan, model) for number, (plan, model) in enumerate(candidates)
         ]
         result = measure(contestants, self.samples[:MAX_SAMPLES], config=_SEARCH_ROUNDS)
-        reference, candidate = result.measurements
+        reference, *others = result.measurements
         if self._reference_ms is None:
             self._reference_ms = reference.latency_p50_ms
-        ratio = result.compare(reference.name, candidate.name).speedup
-        return serde.replace(candidate, latency_p50_ms=self._reference_ms / ratio)
+        return tuple(
+            serde.replace(
+                other,
+                name=plan.title,
+                latency_p50_ms=self._reference_ms / result.compare(_REFERENCE, other.name).speedup,
+            )
+            for other, (plan, _) in zip(others, candidates, strict=True)
+        )
 
     def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
         """Outputs of the candidate on the device."""

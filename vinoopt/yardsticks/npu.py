@@ -82,6 +82,12 @@ class NpuYardstick:
         """Modelled latency of the candidate; the same every time."""
         return self._measurement(plan.title, model, runtime_properties(plan, Device.NPU))
 
+    def measure_together(
+        self, candidates: Sequence[tuple[CompressionPlan, ov.Model]]
+    ) -> tuple[Measurement, ...]:
+        """Modelled latencies: nothing that happens at the same time changes them."""
+        return tuple(self.measure(plan, model) for plan, model in candidates)
+
     def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
         """Outputs of the candidate on this CPU in f32."""
         return predict_in_f32(model, data)
