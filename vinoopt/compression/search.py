@@ -20,9 +20,11 @@ from vinoopt import serde
 from vinoopt.compression.frontier import FrontierPoint, Option, trace_frontier
 from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
 from vinoopt.compression.precision import find_blocks
+from vinoopt.compression.refusal import find_refused
 from vinoopt.compression.sensitivity import block_damages
 from vinoopt.compression.width_search import BlockTables, WidthSearch
 from vinoopt.compression.widths import prepare
+from vinoopt.errors import ToolchainRefused
 from vinoopt.records import (
     CompressionPlan,
     Precision,
@@ -31,6 +33,9 @@ from vinoopt.records import (
     Trial,
     TrialState,
 )
+
+_MOST_REFUSED = 4
+"""Blocks that a target's compiler may refuse in INT8 before the search stops asking which."""
 
 INT8 = "int8"
 FLOAT = "float"
@@ -127,6 +132,8 @@ class _Run:
         if not blocks:
             self.reasons.append("NNCF quantized no layer of this model, so there is nothing to choose between")
             return
+        recipe = self._accepted(recipe, precision, blocks)
+        blocks = [name for name in blocks if name not in recipe.float_layers]
         try:
             self._cost_table(recipe, precision, blocks)
         except CANDIDATE_ERRORS as exc:
@@ -215,6 +222,37 @@ class _Run:
         if best != "plain":
             self.reasons.append(f"recipe {best} does less damage than plain INT8 and is the ground of the search")
         return damages[best][1]
+
+    def _accepted(
+        self, recipe: QuantizationPlan, precision: Precision, blocks: Sequence[str]
+    ) -> QuantizationPlan:
+        """The recipe with those blocks in float that the target's compiler refuses in INT8."""
+        whole = CompressionPlan(quantization=recipe, float_precision=precision)
+        if not any(t.state is TrialState.FAILED and t.plan.quantization is not None for t in self.judge.trials):
+            return recipe
+
+        def accepts(floats: set[str]) -> bool:
+            names = tuple(sorted(floats | set(recipe.float_layers)))
+            plan = serde.replace(whole, quantization=serde.replace(recipe, float_layers=names))
+            try:
+                self.judge.yardstick.measure(plan, self.judge.workshop.build(plan))
+            except ToolchainRefused:
+                return False
+            return True
+
+        self.say("whether the target's compiler takes every block in INT8")
+        try:
+            refused = find_refused(blocks, accepts, most=_MOST_REFUSED)
+        except CANDIDATE_ERRORS as exc:
+            self.reasons.append(f"the target's compiler could not be asked which blocks it refuses: {exc}")
+            return recipe
+        if not refused:
+            return recipe
+        self.reasons.append(
+            f"the target's compiler refuses {', '.join(sorted(refused))} in INT8, so that stays float"
+        )
+        self._judge_floats(whole, set(refused), "what the target's compiler takes in INT8")
+        return serde.replace(recipe, float_layers=tuple(sorted({*recipe.float_layers, *refused})))
 
     def _rest_precision(self) -> Precision:
         """The fastest float format that by itself takes less than half of the budget."""
