@@ -153,6 +153,7 @@ class _Run:
         for _ in range(ROUNDS[self.options.effort] - 1):
             if self._is_late() or not self._correct(whole, blocks):
                 break
+        self._other_formats(whole)
 
     # ------------------------------------------------------------------ widths
 
@@ -262,7 +263,9 @@ class _Run:
             for t in self._inside()
             if t.plan.quantization is None and t.drop is not None and t.drop <= budget / 2
         ]
-        return min(timed, key=_latency).plan.float_precision if timed else Precision.F32
+        if not timed:
+            return self.judge.yardstick.float_precisions[0]
+        return min(timed, key=_latency).plan.float_precision
 
     def _cost_table(self, recipe: QuantizationPlan, precision: Precision, blocks: Sequence[str]) -> None:
         build = self.judge.workshop.build
@@ -341,6 +344,17 @@ class _Run:
         )
         found = self._bisect_points(whole, points)
         return found is not None
+
+    def _other_formats(self, whole: CompressionPlan) -> None:
+        """The best candidate with its float blocks in the target's other float formats: the same model."""
+        best = self._best_mixed(whole)
+        if best is None:
+            return
+        for precision in self.judge.yardstick.float_precisions:
+            if precision is not best.plan.float_precision and not self._is_late():
+                self.judge.judge(
+                    serde.replace(best.plan, float_precision=precision), note="best candidate in another format"
+                )
 
     def _best_mixed(self, whole: CompressionPlan) -> Trial | None:
         recipe = serde.replace(_recipe_of(whole), float_layers=())

@@ -141,7 +141,11 @@ class WidthSearch:
         times = {
             block: tuple(min(row[block] for row in rows[: i + 1]) for i in range(len(rows))) for block in blocks
         }
-        return WidthTimes(shares=tuple(1 - ratio for ratio in RATIOS), times=times)
+        in_kernels = sum(values[0] for values in times.values())
+        whole = next((t.latency for t in self.judge.trials if t.plan == self.ground), None)
+        beyond = 0.0 if whole is None else max(whole.latency_p50_ms * 1e3 - in_kernels, 0.0)
+        shares = tuple(1 - ratio for ratio in RATIOS)
+        return WidthTimes(shares=shares, times=times, overhead_us=beyond / max(len(times), 1))
 
     def _timed_model(self, plan: CompressionPlan) -> ov.Model:
         """A model with these widths in the ground's formats, fit for a clock only."""

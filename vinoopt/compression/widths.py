@@ -193,15 +193,18 @@ class WidthTimes:
     """Kept, falling from 1."""
     times: Mapping[str, tuple[float, ...]]
     """Block -> time at each share."""
+    overhead_us: float = 0.0
+    """What every block costs beyond the time in its kernel: starting it, and waiting for all threads. Only a
+    block that goes altogether saves it, which for small layers is most of what can be saved."""
 
     def at(self, block: str, share: float) -> float:
-        """Interpolated; below the least share in proportion to it, since less was not timed."""
+        """Interpolated; below the least share in proportion to it, since less was not timed; nothing at 0."""
         values = self.times.get(block)
-        if values is None:
+        if values is None or share == 0:
             return 0.0
         if share < self.shares[-1]:
-            return values[-1] * share / self.shares[-1]
-        return float(np.interp(share, self.shares[::-1], values[::-1]))
+            return self.overhead_us + values[-1] * share / self.shares[-1]
+        return self.overhead_us + float(np.interp(share, self.shares[::-1], values[::-1]))
 
 
 def saved_times(
