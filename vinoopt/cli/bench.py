@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +11,8 @@ from vinoopt.cli.options import preprocess_from, preprocess_options
 
 if TYPE_CHECKING:
     from vinoopt.bench import BenchResult
+    from vinoopt.fleet import FleetReport, Job, Measured
+    from vinoopt.lineup import Lineup
     from vinoopt.records import Comparison, Measurement
 
 SLOWER = 3
@@ -62,12 +64,28 @@ _OPTIONS = (
     multiple=True,
     help="fp32, bf16, int8 (plain nncf.quantize), onnxruntime, or a path. Repeatable.",
 )
+@click.option("--scheduler", metavar="tcp://HOST:PORT", help="Measure on workers of this dask scheduler.")
+@click.option("--on", "places", multiple=True, metavar="NAME",
+              help="With --scheduler: a worker that announces this profile. Repeatable: one run on each.")
 @measuring_options
-def bench(model: str | None, model_option: str | None, against: tuple[str, ...], **options: Any) -> None:
+def bench(
+    model: str | None,
+    model_option: str | None,
+    against: tuple[str, ...],
+    scheduler: str | None,
+    places: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Measure MODEL (bundle, IR, ONNX or blob) side by side with references."""
     if (model is None) == (model_option is None):
         raise click.UsageError("give the model once: as MODEL, or with -m")
-    _run(model or model_option or "", against, **options)
+    if scheduler is None and places:
+        raise click.UsageError("--on names workers of a fleet and needs --scheduler")
+    chosen = model or model_option or ""
+    if scheduler is None:
+        _run(chosen, against, **options)
+    else:
+        _run_on_fleet(chosen, against, scheduler=scheduler, places=places, **options)
 
 
 @click.command("compare")
@@ -80,26 +98,74 @@ def compare(reference: str, candidate: str, **options: Any) -> None:
 
 
 def _run(
+    model: str, against: tuple[str, ...], *, fail_below: float | None, as_json: bool, **options: Any
+) -> None:
+    from vinoopt.fleet import measure_job
+
+    lineup, (job,) = _jobs(model, against, (None,), **options)
+    result = measure_job(job).result
+    comparisons = comparisons_of(result)
+    for message in (*lineup.messages, *result.warnings):
+        click.echo(message, err=True)
+    click.echo(to_json(result, comparisons) if as_json else to_text(result, comparisons))
+    _end(comparisons, fail_below)
+
+
+def _run_on_fleet(
     model: str,
     against: tuple[str, ...],
     *,
-    seconds: float,
-    hint: str,
+    scheduler: str,
+    places: tuple[str, ...],
     fail_below: float | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    from vinoopt.bench import MeasureConfig, MeasureMode, measure
+    from vinoopt.fleet import run
+
+    lineup, jobs = _jobs(model, against, places or (None,), **options)
+    report = run(jobs, scheduler=scheduler, on_outcome=lambda each: click.echo(f"done: {each.job}", err=True))
+    for message in lineup.messages:
+        click.echo(message, err=True)
+    click.echo(_fleet_json(report) if as_json else _fleet_text(report))
+    for lack in report.unmeasured:
+        click.echo(f"not measured: {lack.job}: {lack.reason}", err=True)
+    _end([c for each in report.measured for c in comparisons_of(each.result)], fail_below)
+    if report.unmeasured:
+        raise click.exceptions.Exit(1)
+
+
+def _jobs(
+    model: str, against: tuple[str, ...], places: Sequence[str | None], *, seconds: float, hint: str, **options: Any
+) -> tuple[Lineup, list[Job]]:
+    """The line-up, and a job of it for each place."""
+    from vinoopt.bench import MeasureConfig, MeasureMode
+    from vinoopt.fleet import Job
     from vinoopt.lineup import line_up
 
     lineup = line_up(_request(model, against, hint=hint, **options))
     mode = MeasureMode.LATENCY if hint == "latency" else MeasureMode.THROUGHPUT
-    result = measure(lineup.contestants, lineup.samples, config=MeasureConfig(mode=mode, seconds=seconds))
-    main = lineup.contestants[0].name
-    comparisons = [result.compare(each.name, main) for each in lineup.contestants[1:]]
-    for message in (*lineup.messages, *result.warnings):
-        click.echo(message, err=True)
-    click.echo(to_json(result, comparisons) if as_json else to_text(result, comparisons))
+    name = lineup.contestants[0].name
+    jobs = [
+        Job(
+            name=f"{name} on {place or options['device']}",
+            contestants=lineup.contestants,
+            samples=lineup.samples,
+            config=MeasureConfig(mode=mode, seconds=seconds),
+            profile=place,
+        )
+        for place in dict.fromkeys(places)
+    ]
+    return lineup, jobs
+
+
+def comparisons_of(result: BenchResult) -> list[Comparison]:
+    """The main model, which comes first, against every other one."""
+    main, *others = (each.name for each in result.measurements)
+    return [result.compare(other, main) for other in others]
+
+
+def _end(comparisons: Sequence[Comparison], fail_below: float | None) -> None:
     slow = [each for each in comparisons if _is_slow(each, fail_below)]
     for each in slow:
         click.echo(
@@ -107,6 +173,30 @@ def _run(
         )
     if slow:
         raise click.exceptions.Exit(SLOWER)
+
+
+def _fleet_json(report: FleetReport) -> str:
+    import json
+
+    def whole(each: Measured) -> dict[str, Any]:
+        comparisons = [c.model_dump(mode="json") for c in comparisons_of(each.result)]
+        return {**each.model_dump(mode="json"), "comparisons": comparisons}
+
+    lacks = [each.model_dump(mode="json") for each in report.unmeasured]
+    return json.dumps({"measured": [whole(each) for each in report.measured], "unmeasured": lacks}, indent=2)
+
+
+def _fleet_text(report: FleetReport) -> str:
+    return "\n\n".join(
+        "\n".join(
+            (
+                f"{each.job}: {each.host.cpu} ({each.worker}), OpenVINO {each.host.versions['openvino']}",
+                to_text(each.result, comparisons_of(each.result)),
+                *each.result.warnings,
+            )
+        )
+        for each in report.measured
+    )
 
 
 def _request(model: str, against: tuple[str, ...], *, hint: str, **options: Any) -> Any:
