@@ -14,7 +14,8 @@ FLOORS = {
     "hardware": 1, "frontend": 1, "demo": 1,
     "accuracy": 2, "toolchains": 2, "cost_model": 2, "replay": 2,
     "bench": 3, "compression": 3, "compiler": 3, "yardsticks": 3,
-    "bundle": 4, "fleet": 4, "inspection": 4, "lineup": 4, "report": 4, "selection": 4, "tuning": 4, "verification": 4,
+    "bundle": 4, "fleet": 4, "inspection": 4, "lineup": 4, "report": 4, "selection": 4, "tuning": 4,
+    "verification": 4,
     "pipeline": 5,
     "cli": 6,
 }  # fmt: skip
