@@ -1,0 +1,117 @@
+"""The scripts answer for themselves, and a tiny run of each brings what it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vinoopt.demo import demo_files
+from vinoopt.hardware.profile import check_profile, load_profile
+from vinoopt.records import Device, Precision
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+NEEDS = {"train_demo": ("torch", "sklearn")}
+"""What a script needs that the package does not."""
+
+
+@pytest.fixture(autouse=True)
+def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
+    return tmp_path
+
+
+def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / "scripts" / f"{name}.py")
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def lines(name: str) -> Iterator[dict[str, Any]]:
+    return map(json.loads, Path(name).read_text().splitlines())
+
+
+@pytest.mark.parametrize("name", [script.stem for script in SCRIPTS])
+def test_help_answers(name: str) -> None:
+    for module in NEEDS.get(name, ()):
+        pytest.importorskip(module)
+    assert run(name, "--help").stdout.startswith("usage:")
+
+
+@pytest.mark.slow
+def test_a_device_is_measured_into_a_profile_that_holds() -> None:
+    told = run("bench_device", "--device", "CPU", "--seconds", "2", "--megabytes", "8")
+    found = list(lines("device.jsonl"))
+    assert {each["what"] for each in found} == {"peak", "bandwidth", "operator"}
+    assert all(each["evidence"] == "measured" and each["value"] > 0 for each in found if not each["why"])
+    errors = [finding for finding in check_profile("device.toml") if finding.severity == "error"]
+    assert not errors
+    cpu = load_profile("device.toml").devices[Device.CPU]
+    rates = [each["value"] for each in found if each["what"] == "peak" and each["precision"] == "f32"]
+    assert cpu.peak_gops[Precision.F32].value == pytest.approx(max(rates), rel=1e-3)
+    assert "measured by scripts/bench_device.py on" in cpu.peak_gops[Precision.F32].source
+    assert cpu.bandwidth_gb_per_s is not None
+    assert "convolution 3x3" in told.stdout
+
+
+@pytest.mark.slow
+def test_measured_figures_replace_those_of_a_shipped_profile() -> None:
+    run("bench_device", "--device", "CPU", "--seconds", "1", "--megabytes", "8", "--inherits", "lunar-lake")
+    shipped, merged = load_profile("lunar-lake"), load_profile("device.toml")
+    assert "bench_device" in merged.devices[Device.CPU].peak_gops[Precision.F32].source
+    assert merged.devices[Device.NPU] == shipped.devices[Device.NPU]
+
+
+def test_a_device_that_is_not_here_is_told(tmp_path: Path) -> None:
+    script = str(ROOT / "scripts" / "bench_device.py")
+    done = subprocess.run(
+        [sys.executable, script, "--device", "NPU.9"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "OpenVINO lists no NPU.9" in done.stderr
+    assert not (tmp_path / "device.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_small_network_is_compiled_and_its_stages_told() -> None:
+    told = run("bench_compile", "--quick")
+    (row,) = lines("compile.jsonl")
+    assert {"load", "data", "search", "choice", "write"} <= set(row["stage_seconds"])
+    assert row["trials"] >= 2
+    assert sum(row["stage_seconds"].values()) == pytest.approx(row["seconds"], rel=0.1, abs=3.0)
+    peaks = list(row["stage_peak_bytes"].values())
+    assert 0 < row["before_bytes"] <= min(peaks)
+    assert max(peaks) == row["peak_bytes"]
+    assert "peak MB" in told.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_meets_its_peers() -> None:
+    told = run("bench_peers", "--case", "digits", "--effort", "fast")
+    roads = {row["road"]: row for row in lines("peers.jsonl")}
+    assert {"float f32", "nncf.quantize", "onnxruntime", "vinoopt"} <= set(roads)
+    assert roads["vinoopt"]["accuracy"] >= roads["float f32"]["accuracy"] - 0.03
+    assert "vinoopt" in told.stdout
+
+
+@pytest.mark.slow
+def test_a_model_is_tabled_on_an_emulated_target(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "digits.onnx").write_bytes(demo_files().model.read_bytes())
+    told = run(
+        "table_targets", str(models), "--target", "skylake:CPU", "--dimension", "32", "--output", "t.jsonl"
+    )
+    (row,) = lines("t.jsonl")
+    assert (row["model"], row["target"]) == ("digits", "skylake:CPU")
+    assert row["verdict"] == "compiled", told.stderr
