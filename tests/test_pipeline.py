@@ -306,3 +306,33 @@ def test_an_already_quantized_model_is_compiled_as_it_is(bundle: Bundle, tmp_pat
     assert any(m.startswith("not quantized again") for m in made.manifest.messages)
     assert made.result("CPU").plan.quantization is None
     assert made.result("CPU").budget_met
+
+
+def test_compress_gives_the_model_and_its_plan_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = vinoopt.compress(
+        FILES.model,
+        data=str(FILES.data),
+        labels="labels",
+        preprocess=tuple(read_preprocess(FILES.preprocess)),
+        budget=BUDGET,
+        quantize=False,
+        max_pruning=0.6,
+    )
+    assert made.plan.quantization is None
+    assert made.plan.widths, made.reasons
+    assert made.drop.verdict is not Verdict.OUTSIDE
+    kinds = {node.get_type_name() for node in made.model.get_ops()}
+    assert "FakeQuantize" not in kinds
+    pictures, _ = images()
+    compiled = ov.Core().compile_model(made.model, "CPU")
+    assert compiled(pictures[:1])[0].shape == (1, 10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(vinoopt, name) is not None for name in vinoopt.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'complie'"):
+        vinoopt.complie  # noqa: B018

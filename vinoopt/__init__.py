@@ -11,15 +11,24 @@ from typing import TYPE_CHECKING, Any
 from vinoopt._version import __version__
 
 if TYPE_CHECKING:
+    from vinoopt.bench import measure
     from vinoopt.bundle import Bundle, open_bundle
     from vinoopt.frontend.normalize import SourceModel, load_model
     from vinoopt.hardware.detect import detect_host
     from vinoopt.hardware.profile import load_profile
-    from vinoopt.pipeline import compile
+    from vinoopt.inspection import inspect_model
+    from vinoopt.pipeline import compile, compress
     from vinoopt.records import AccuracyBudget, CompressionPlan, PreprocessSpec, Target
+    from vinoopt.tuning import tune
+    from vinoopt.verification import verify
 
 _HOMES = {
     "compile": "vinoopt.pipeline",
+    "compress": "vinoopt.pipeline",
+    "inspect_model": "vinoopt.inspection",
+    "measure": "vinoopt.bench",
+    "tune": "vinoopt.tuning",
+    "verify": "vinoopt.verification",
     "open_bundle": "vinoopt.bundle",
     "Bundle": "vinoopt.bundle",
     "load_model": "vinoopt.frontend.normalize",
@@ -41,10 +50,15 @@ __all__ = [
     "Target",
     "__version__",
     "compile",
+    "compress",
     "detect_host",
+    "inspect_model",
     "load_model",
     "load_profile",
+    "measure",
     "open_bundle",
+    "tune",
+    "verify",
 ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 
 from vinoopt import bundle as bundles
 from vinoopt.accuracy.datasets import Dataset, Splits, from_arrays, load_dataset, split
@@ -31,8 +32,10 @@ from vinoopt.records import (
     AccuracyBudget,
     Build,
     CompileRequest,
+    CompressionPlan,
     Device,
     DeviceSpec,
+    Drop,
     Event,
     Manifest,
     Precision,
@@ -42,6 +45,7 @@ from vinoopt.records import (
     RuntimeProperties,
     Target,
     TargetResult,
+    Trial,
 )
 from vinoopt.selection import Choice, TestPart, choose, trial_line
 from vinoopt.store import Store
@@ -74,6 +78,8 @@ class Material:
     test_reference: Predictions
     store: Store
     shared: Shared
+    messages: tuple[str, ...]
+    """What the user should know about model and data."""
     say: Listener
 
 
@@ -124,10 +130,11 @@ def compile(
     """
     started = time.monotonic()
     say = on_event or (lambda event: None)
+    place = Path(output) if output is not None else Path(f"{Path(model).stem}.vinoopt")
     request = CompileRequest(
         model=str(model),
         targets=tuple(t if isinstance(t, Target) else Target.parse(t) for t in targets),
-        output=None if output is None else str(output),
+        output=str(place),
         data=_named(data),
         labels=_named(labels),
         calibration_data=_named(calibration_data),
@@ -148,23 +155,94 @@ def compile(
         seed=seed,
         allow_code=allow_code,
     )
-    place = Path(output) if output is not None else Path(f"{Path(model).stem}.vinoopt")
     bundles.check_output(place, force=force)
-    devices = _check_targets(request.targets)
+    handed = Handed(data, labels, calibration_data, test_data, test_labels, metric)
+    material, choices = _search_all(request, handed, started=started, resume=resume, say=say)
+    if tune and effort != "fast":
+        deadline = None if time_limit_s is None else started + time_limit_s
+        choices = [_tuned(material, choice, deadline) for choice in choices]
+    say(Event(stage="write", message=f"writing {place}"))
+    return _write(material, choices, place, started=started)
 
-    say(Event(stage="load", message=f"reading {model}"))
-    source = load_model(model, shape=shape, preprocess=preprocess)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compressed:
+    """A compressed model, and how it came about."""
+
+    model: ov.Model
+    """Pruned, refitted and quantized as `plan` says; with the user's inputs, preprocessing embedded."""
+    plan: CompressionPlan
+    drop: Drop
+    """On the test part."""
+    trials: tuple[Trial, ...]
+    reasons: tuple[str, ...]
+
+
+def compress(
+    model: str | Path,
+    *,
+    data: str | Path | Mapping[str, Array] | Array | Sequence[Any],
+    labels: Any = None,
+    target: str | Target = "host:CPU",
+    metric: Metric | None = None,
+    on_event: Listener | None = None,
+    **options: Any,
+) -> Compressed:
+    """The fastest model inside the accuracy budget for one target, as an `ov.Model`; nothing is written.
+
+    The same search as `compile`, chosen on the test part and by latency on `target`. `options` are fields of
+    `CompileRequest` (`budget`, `prune`, `quantize`, `max_pruning`, `effort`, `time_limit_s`, `shape`, ...).
+    Raises what `compile` raises.
+    """
+    request = CompileRequest(
+        model=str(model),
+        targets=(target if isinstance(target, Target) else Target.parse(target),),
+        data=_named(data),
+        labels=_named(labels),
+        **options,
+    )
+    handed = Handed(data, labels, None, None, None, metric)
+    say = on_event or (lambda event: None)
+    _, (choice,) = _search_all(request, handed, started=time.monotonic(), resume=False, say=say)
+    return Compressed(
+        model=choice.model,
+        plan=choice.plan,
+        drop=choice.drop,
+        trials=choice.trials,
+        reasons=choice.reasons,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """What a request names but cannot hold: data and a metric, as paths or as objects in memory."""
+
+    data: Any
+    labels: Any
+    calibration_data: Any
+    test_data: Any
+    test_labels: Any
+    metric: Metric | None
+
+
+def _search_all(
+    request: CompileRequest, handed: Handed, *, started: float, resume: bool, say: Listener
+) -> tuple[Material, list[Choice]]:
+    """What all targets share, and the choice for each of them."""
+    devices = _check_targets(request.targets)
+    say(Event(stage="load", message=f"reading {request.model}"))
+    source = load_model(request.model, shape=request.shape, preprocess=request.preprocess)
     for target in request.targets:
         if target.device is Device.NPU or (target.device is Device.GPU and target.profile != HOST):
             require_static(source, target.device)
-    ignored = resolve_ignored(source.model, ignored_scope)
+    ignored = resolve_ignored(source.model, request.ignored_scope)
 
     say(Event(stage="data", message="reading data"))
-    splits = _splits(request, source, data, labels, (calibration_data, test_data, test_labels))
-    chosen_metric = metric or _find_metric(request, source, splits)
+    splits = _splits(request, source, handed)
+    metric = handed.metric or _find_metric(request, source, splits)
     for part in (splits.search, splits.test):
-        check_fit(chosen_metric, part)
-    messages = [*source.messages, *splits.search.messages, *_metric_words(chosen_metric, splits)]
+        check_fit(metric, part)
+    messages = [*source.messages, *splits.search.messages, *_metric_words(metric, splits)]
     messages += _parity_words(source, splits)
     if source.quantized:
         messages.append(f"not quantized again: {source.quantized}")
@@ -177,14 +255,15 @@ def compile(
         request=request,
         source=source,
         splits=splits,
-        metric=chosen_metric,
+        metric=metric,
         search_reference=_reference(source, splits.search),
         test_reference=_reference(source, splits.test),
         store=_store(request, source, splits),
         shared=Shared(),
+        messages=tuple(messages),
         say=say,
     )
-    deadline = None if time_limit_s is None else started + time_limit_s
+    deadline = None if request.time_limit_s is None else started + request.time_limit_s
     choices: list[Choice] = []
     for number, yardstick in enumerate(yardsticks):
         share = _share_of(deadline, len(yardsticks) - number)
@@ -192,10 +271,7 @@ def compile(
         if any(choice.interrupted for choice in choices):
             options = replace(options, quantize=False, prune=False)
         choices.append(_choose_for(material, yardstick, options=options, resume=resume))
-    if tune and effort != "fast":
-        choices = [_tuned(material, choice, deadline) for choice in choices]
-    say(Event(stage="write", message=f"writing {place}"))
-    return _write(material, choices, place, messages=messages, started=started)
+    return material, choices
 
 
 # --------------------------------------------------------------------------- what is handed in
@@ -229,10 +305,8 @@ def _yardsticks(
 
 
 def _splits(
-    request: CompileRequest, source: SourceModel, data: Any, labels: Any, extra: tuple[Any, Any, Any]
+    request: CompileRequest, source: SourceModel, handed: Handed
 ) -> Splits:
-    calibration_data, test_data, test_labels = extra
-
     def load(what: Any, its_labels: Any) -> Dataset:
         if isinstance(what, str | Path):
             if its_labels is not None and not isinstance(its_labels, str | Path):
@@ -247,11 +321,11 @@ def _splits(
         return from_arrays(what, inputs=source.inputs, labels=its_labels)
 
     parts = split(
-        load(data, labels),
+        load(handed.data, handed.labels),
         subset_size=request.subset_size,
         seed=request.seed,
-        calibration=None if calibration_data is None else load(calibration_data, None),
-        test=None if test_data is None else load(test_data, test_labels),
+        calibration=None if handed.calibration_data is None else load(handed.calibration_data, None),
+        test=None if handed.test_data is None else load(handed.test_data, handed.test_labels),
     )
     # Every candidate is run on these: images are decoded once where the memory allows.
     return Splits(
@@ -426,7 +500,7 @@ def _tuned(material: Material, choice: Choice, deadline: float | None) -> Choice
 
 
 def _write(
-    material: Material, choices: Sequence[Choice], place: Path, *, messages: Sequence[str], started: float
+    material: Material, choices: Sequence[Choice], place: Path, *, started: float
 ) -> Bundle:
     """The bundle, written beside its place, reopened in a fresh process, and renamed when that agreed."""
     splits = material.splits
@@ -460,7 +534,7 @@ def _write(
             interrupted=any(choice.interrupted for choice in choices),
             seconds=time.monotonic() - started,
             peak_memory_bytes=_peak_memory_bytes(),
-            messages=tuple(messages),
+            messages=material.messages,
         )
         trials = [trial for choice in choices for trial in choice.trials]
         manifest = bundles.write_documents(folder, manifest, trials)
