@@ -50,7 +50,7 @@ def test_help_answers(name: str) -> None:
 
 @pytest.mark.slow
 def test_a_device_is_measured_into_a_profile_that_holds() -> None:
-    told = run("bench_device", "--device", "CPU", "--seconds", "2", "--megabytes", "8")
+    told = run("bench_device", "--device", "CPU", "--seconds", "2")
     found = list(lines("device.jsonl"))
     assert {each["what"] for each in found} == {"peak", "bandwidth", "operator"}
     assert all(each["evidence"] == "measured" and each["value"] > 0 for each in found if not each["why"])
@@ -66,10 +66,13 @@ def test_a_device_is_measured_into_a_profile_that_holds() -> None:
 
 @pytest.mark.slow
 def test_measured_figures_replace_those_of_a_shipped_profile() -> None:
-    run("bench_device", "--device", "CPU", "--seconds", "1", "--megabytes", "8", "--inherits", "lunar-lake")
+    run("bench_device", "--device", "CPU", "--seconds", "1", "--megabytes", "1", "--inherits", "lunar-lake")
     shipped, merged = load_profile("lunar-lake"), load_profile("device.toml")
     assert "bench_device" in merged.devices[Device.CPU].peak_gops[Precision.F32].source
     assert merged.devices[Device.NPU] == shipped.devices[Device.NPU]
+    cached = [each["why"] for each in lines("device.jsonl") if each["what"] == "bandwidth" and each["why"]]
+    if cached:  # where the system tells its caches, a tensor that fits them brings no bandwidth
+        assert merged.devices[Device.CPU].bandwidth_gb_per_s == shipped.devices[Device.CPU].bandwidth_gb_per_s
 
 
 def test_a_device_that_is_not_here_is_told(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def _outcome(name: str, future: Any) -> Outcome:
         return measured
     if future.status == "error":
         return Unmeasured(job=name, reason=_words(future.exception()))
-    return Unmeasured(job=name, reason=f"the scheduler gave it up ({future.status})")
+    return Unmeasured(job=name, reason=f"the scheduler was lost or gave it up ({future.status})")
 
 
 def _starved(
