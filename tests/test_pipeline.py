@@ -39,6 +39,7 @@ def compile_demo(output: Path, **options: object) -> Bundle:
             "budget": BUDGET,
             "preprocess": read_preprocess(FILES.preprocess),
             "tune": False,
+            "effort": "fast",
             "output": output,
             **options,
         },
@@ -59,7 +60,8 @@ def events() -> list[Event]:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> Bundle:
-    return compile_demo(tmp_path_factory.mktemp("out") / "digits", tune=True, on_event=events.append)
+    output = tmp_path_factory.mktemp("out") / "digits"
+    return compile_demo(output, tune=True, effort="balanced", on_event=events.append)
 
 
 def test_the_result_is_inside_the_budget_and_faster_than_float(bundle: Bundle) -> None:
@@ -230,6 +232,7 @@ def _trials(bundle: Bundle) -> list[Trial]:
     [
         ({"targets": ["hosst:CPU"]}, InputError, "did you mean"),
         ({"targets": []}, InputError, "no target"),
+        ({"effort": "heroic"}, InputError, "fast, balanced, thorough"),
         ({"targets": ["host:CPU", "host"]}, InputError, "name each target once"),
         ({"targets": ["host:TPU"]}, TargetError, "CPU, GPU, NPU"),
         ({"data": "nowhere.npz"}, DataError, "no such file"),

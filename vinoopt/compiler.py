@@ -26,9 +26,17 @@ _ABSENT: dict[Device, Callable[..., Any]] = {
     Device.NPU: NpuYardstick,
 }
 
+_FINAL_SECONDS = {"fast": 1.5, "balanced": 4.0, "thorough": 8.0}
+"""Per contestant of a final comparison, by effort."""
+
 
 def yardstick_for(
-    target: Target, spec: DeviceSpec, *, reference: ov.Model, samples: Sequence[Sample]
+    target: Target,
+    spec: DeviceSpec,
+    *,
+    reference: ov.Model,
+    samples: Sequence[Sample],
+    effort: str = "balanced",
 ) -> TargetYardstick:
     """How candidates are timed and run for a target.
 
@@ -45,4 +53,5 @@ def yardstick_for(
     availability = HostToolchain().probe(spec)
     if not availability.ok:
         raise TargetError(f'target "{target}": {availability.reason}; {availability.fix}')
-    return HostYardstick(target=target, spec=spec, reference=reference, samples=samples)
+    seconds = _FINAL_SECONDS[effort]
+    return HostYardstick(target=target, spec=spec, reference=reference, samples=samples, seconds=seconds)

@@ -22,7 +22,7 @@ from vinoopt.compiler import yardstick_for
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.judge import Judge, Shared
 from vinoopt.compression.scope import resolve_ignored
-from vinoopt.compression.search import SearchOptions, SearchResult, search
+from vinoopt.compression.search import ROUNDS, SearchOptions, SearchResult, search
 from vinoopt.errors import DataError, DeviceError, InputError
 from vinoopt.frontend.normalize import SourceModel, load_model, require_static
 from vinoopt.frontend.parity import check_parity
@@ -229,6 +229,8 @@ def _search_all(
     request: CompileRequest, handed: Handed, *, started: float, resume: bool, say: Listener
 ) -> tuple[Material, list[Choice]]:
     """What all targets share, and the choice for each of them."""
+    if request.effort not in ROUNDS:
+        raise InputError(f'effort "{request.effort}" is not one of {", ".join(ROUNDS)}')
     devices = _check_targets(request.targets)
     say(Event(stage="load", message=f"reading {request.model}"))
     source = load_model(request.model, shape=request.shape, preprocess=request.preprocess)
@@ -299,7 +301,7 @@ def _yardsticks(
     """One per target, all made before the first search, so that what is missing is told before any long work."""
     samples = [splits.test[i] for i in range(min(MEASURED_SAMPLES, len(splits.test)))]
     return [
-        yardstick_for(target, spec, reference=source.model, samples=samples)
+        yardstick_for(target, spec, reference=source.model, samples=samples, effort=request.effort)
         for target, spec in zip(request.targets, devices, strict=True)
     ]
 

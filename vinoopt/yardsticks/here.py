@@ -26,8 +26,6 @@ from vinoopt.toolchains.host import HostToolchain, layer_times
 from vinoopt.yardsticks.base import MAX_SAMPLES, Entry, Sample, runtime_properties
 
 _SEARCH_ROUNDS = MeasureConfig(rounds=9, min_round_ms=15, warmup_ms=40)
-_FINAL_SECONDS = 6.0
-"""Per contestant."""
 _REFERENCE = "float"
 _COMPILE_TIMEOUT_S = 600.0
 
@@ -41,6 +39,8 @@ class HostYardstick:
     reference: ov.Model
     """The float model."""
     samples: Sequence[Sample]
+    seconds: float = 4.0
+    """Per contestant of a final comparison."""
     _reference_ms: float | None = field(default=None, init=False)
 
     @property
@@ -112,7 +112,7 @@ class HostYardstick:
             Contestant(name=name, model=model, device=self.spec.kind.value, properties=properties.as_dict())
             for name, (_, model, properties) in candidates.items()
         ]
-        config = MeasureConfig(seconds=_FINAL_SECONDS * len(contestants))
+        config = MeasureConfig(seconds=self.seconds * len(contestants))
         return measure(contestants, self.samples[:MAX_SAMPLES], config=config)
 
     def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
