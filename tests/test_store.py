@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vinoopt.errors import InputError
 from vinoopt.store import Store, cache_folder
 
 
@@ -41,6 +42,22 @@ def test_a_line_that_was_cut_off_is_dropped(store: Store) -> None:
     assert store.lines("trials.jsonl") == ["one", "two with a break"]
     store.clear("trials.jsonl")
     assert store.lines("trials.jsonl") == []
+
+
+def test_a_line_after_one_that_was_cut_off_stays_whole(store: Store) -> None:
+    store.append("tables.jsonl", '["a", 1]')
+    with (store.folder / "tables.jsonl").open("ab") as journal:
+        journal.write('["\N{MULTIPLICATION SIGN}'.encode()[:-1])
+    assert store.lines("tables.jsonl") == ['["a", 1]']
+    store.append("tables.jsonl", '["b", 2]')
+    assert store.lines("tables.jsonl") == ['["a", 1]', '["b", 2]']
+    assert store.memo("tables.jsonl").once("b", lambda: 9) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_what_to_change(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="VINOOPT_CACHE_DIR"):
+        Store.open("key", root=tmp_path / "file")
 
 
 def test_the_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

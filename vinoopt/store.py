@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
+
+from vinoopt.errors import InputError
 
 T = TypeVar("T")
 
@@ -43,7 +45,12 @@ class Store:
     def open(cls, *key: object, root: Path | None = None) -> Store:
         """The store for `key`, made where it is new."""
         folder = (root or cache_folder() / "runs") / digest(*key)[:24]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise InputError(
+                f"{folder} cannot be made: {exc.strerror}; name a folder that can with VINOOPT_CACHE_DIR"
+            ) from exc
         return cls(folder)
 
     def json(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -69,12 +76,17 @@ class Store:
         path = self.folder / name
         if not path.is_file():
             return []
-        return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+        complete, _, _ = path.read_bytes().rpartition(b"\n")
+        return [line for line in complete.decode().split("\n") if line]
 
     def append(self, name: str, line: str) -> None:
-        """Add a line to the journal `name` and have it on disk when this returns."""
-        with (self.folder / name).open("a", encoding="utf-8") as journal:
-            journal.write(line.replace("\n", " ") + "\n")
+        """Add a line to the journal `name` and have it on disk when this returns.
+
+        A last line that was cut off gives way, so that it does not become one with the new line.
+        """
+        with (self.folder / name).open("ab+") as journal:
+            _drop_cut_line(journal)
+            journal.write(line.replace("\n", " ").encode() + b"\n")
             journal.flush()
             os.fsync(journal.fileno())
 
@@ -85,6 +97,15 @@ class Store:
     def clear(self, name: str) -> None:
         """Forget the journal or entry `name`."""
         (self.folder / name).unlink(missing_ok=True)
+
+
+def _drop_cut_line(journal: BinaryIO) -> None:
+    if not journal.seek(0, os.SEEK_END):
+        return
+    journal.seek(-1, os.SEEK_END)
+    if journal.read(1) != b"\n":
+        journal.seek(0)
+        journal.truncate(journal.read().rfind(b"\n") + 1)
 
 
 class Memo:
