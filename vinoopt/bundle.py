@@ -80,8 +80,9 @@ class Bundle:
         """
         result = self.result(target)
         folder = self.path / result.target.slug
-        core_device = Device(device.partition(".")[0]) if device else result.target.device
-        return compile_here(folder / "model.xml", core_device, result.properties.as_dict())
+        return compile_here(
+            folder / "model.xml", device or result.target.device.value, result.properties.as_dict()
+        )
 
     def result(self, target: str) -> TargetResult:
         """What was found for a target; raises `BundleError` where the bundle has no such target, or several."""
@@ -159,6 +160,8 @@ def check_output(path: Path, *, force: bool) -> None:
     """Refuse an output folder that may not be written, before any long work; raises `BundleError`."""
     if path.is_file():
         raise BundleError(f"{path} is a file; name a folder with -o")
+    if os.path.ismount(path):  # it cannot be renamed, and so never be replaced as a whole
+        raise BundleError(f"{path} is the root of a file system; name a folder inside it with -o")
     if path.is_dir() and any(path.iterdir()):
         if not (path / MANIFEST).is_file():
             raise BundleError(f"{path} holds other things than a bundle; name another folder with -o")

@@ -80,10 +80,15 @@ class HostToolchain:
         )
 
 
-def compile_here(model: Path | ov.Model, device: Device, properties: Mapping[str, str]) -> ov.CompiledModel:
-    """The model compiled on a device of this machine; raises `DeviceError` with OpenVINO's reason."""
+def compile_here(
+    model: Path | ov.Model, device: Device | str, properties: Mapping[str, str]
+) -> ov.CompiledModel:
+    """The model compiled on a device of this machine, by kind or by OpenVINO's name (`GPU.1`).
+
+    Raises `DeviceError` with OpenVINO's reason.
+    """
     try:
-        return ov.Core().compile_model(model, device.value, dict(properties))
+        return ov.Core().compile_model(model, str(device), dict(properties))
     except RuntimeError as exc:
         raise DeviceError(
             f"OpenVINO cannot compile the model for {device} with {dict(properties)}: {reason_of(exc)}"
