@@ -318,6 +318,8 @@ def _layers(found: tuple[Trace, Solution], order: Mapping[str, int], unit_of: La
 def _mapped(labels: Labels, solution: Solution, unit_of: Labels) -> Labels:
     """The unit of every label, -1 where it stays."""
     components = solution.components_of(labels)
+    if not unit_of.size:  # a model without a single channel that a layer contracts over
+        return np.full_like(components, -1)
     return np.where(components >= 0, unit_of[components], -1)
 
 
