@@ -117,7 +117,7 @@ class _Selection:
             (
                 t.plan
                 for t in self.found.trials
-                if t.plan.quantization is not None and not t.plan.widths and t.state is not TrialState.FAILED
+                if t.note == PLAIN_INT8 and t.state is not TrialState.FAILED
             ),
             None,
         )

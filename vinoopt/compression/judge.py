@@ -20,6 +20,7 @@ from vinoopt.errors import CompressionError, DeviceError, MetricError, PlanError
 from vinoopt.records import (
     AccuracyBudget,
     CompressionPlan,
+    DeviceSpec,
     Measurement,
     Precision,
     Target,
@@ -109,6 +110,8 @@ class Judge:
     store: Store
     shared: Shared = field(default_factory=Shared)
     """One for all targets of a run."""
+    spec: DeviceSpec | None = None
+    """The target's figures, which what is kept of it depends on."""
     on_trial: Callable[[Trial], None] = lambda trial: None
     trials: list[Trial] = field(default_factory=list)
     _known: dict[str, Trial] = field(default_factory=dict)
@@ -178,6 +181,8 @@ class Judge:
         try:
             times = self.yardstick.measure_together([(trial.plan, model) for trial, model in candidates])
         except CANDIDATE_ERRORS as exc:
+            if len(candidates) > 1:  # one that the target refuses must not take the others with it
+                return [trial for candidate in candidates for trial in self._timed([candidate])]
             error = str(exc).splitlines()[0]
             return [serde.replace(t, state=TrialState.FAILED, error=error) for t, _ in candidates]
         spent = (time.monotonic() - started) / max(len(candidates), 1)
@@ -224,17 +229,17 @@ class Judge:
         `is_shared` says that it is the same for every target; `kind` tells apart models made in different ways
         from one plan.
         """
-        where = "" if is_shared else self.yardstick.target.slug
+        where = "" if is_shared else self._place
 
         def probe() -> float:
             sample = self.probe_data
             reference = [self.reference[i] for i in range(len(sample))]
-            try:
-                return divergence(reference, list(self.yardstick.predict(plan, make(), sample)))
-            except CANDIDATE_ERRORS:
-                return math.inf  # a choice that cannot be built or run is never taken
+            return divergence(reference, list(self.yardstick.predict(plan, make(), sample)))
 
-        return self._tables().once(f"damage {kind} {where} {_key(plan)}", probe)
+        try:
+            return self._tables().once(f"damage {kind} {where} {_key(plan)}", probe)
+        except CANDIDATE_ERRORS:
+            return math.inf  # a choice that cannot be built or run is never taken; the next run tries it again
 
     def block_times(
         self,
@@ -245,7 +250,7 @@ class Judge:
         kind: str = "",
     ) -> Mapping[str, float]:
         """Microseconds per block on the target; kept by plan."""
-        key = f"times {kind} {self.yardstick.target.slug} {_key(plan)} {digest(sorted(blocks))}"
+        key = f"times {kind} {self._place} {_key(plan)} {digest(sorted(blocks))}"
         return self._tables().once(key, lambda: dict(self.yardstick.block_times(plan, make(), blocks)))
 
     def _tables(self) -> Memo:
@@ -266,7 +271,13 @@ class Judge:
     @property
     def _journal(self) -> str:
         judged_by = digest(self.metric.name, repr(self.metric), serde.to_json(self.budget))[:12]
-        return f"{self.yardstick.target.slug}-{judged_by}-{JOURNAL}"
+        return f"{self._place}-{judged_by}-{JOURNAL}"
+
+    @property
+    def _place(self) -> str:
+        """The target, told apart from others of its name: a profile's figures may change between two runs."""
+        slug = self.yardstick.target.slug
+        return slug if self.spec is None else f"{slug}-{digest(serde.to_json(self.spec))[:12]}"
 
 
 def _key(plan: CompressionPlan) -> str:

@@ -161,8 +161,12 @@ class _Run:
         """Pruned candidates, from the fastest one inside the budget so far."""
         if self._is_late():
             return
+        inside = self._inside()
+        if not inside:
+            self.reasons.append("nothing was pruned: not even the float model could be timed inside the budget")
+            return
         try:
-            self._widths(min(self._inside(), key=_latency).plan)
+            self._widths(min(inside, key=_latency).plan)
         except CANDIDATE_ERRORS as exc:
             self.reasons.append(f"pruning was left out: {str(exc).splitlines()[0]}")
 
@@ -278,7 +282,8 @@ class _Run:
     def _damage_table(self, whole: CompressionPlan, blocks: Sequence[str]) -> None:
         table = block_damages(
             blocks,
-            lambda names: self._damage_of(whole, set(blocks) - set(names)),
+            # What the time does not reach is unknown: infinite damage keeps it in float.
+            lambda names: math.inf if self._is_late() else self._damage_of(whole, set(blocks) - set(names)),
             deadline=self._table_deadline(),
         )
         self.damages = dict(table.damages)
@@ -375,17 +380,19 @@ class _Run:
                 f"{len(slower)} of {len(blocks)} blocks are not faster in INT8 on "
                 f"{self.judge.yardstick.target}: {', '.join(slower[:4])}{' ...' if len(slower) > 4 else ''}"
             )
-            self._judge_floats(whole, set(slower), "INT8 only where it is faster")
+            if len(slower) < len(blocks):  # else it is the float model, which is an anchor
+                self._judge_floats(whole, set(slower), "INT8 only where it is faster")
         tightest = min(t.drop for t in self._inside() if t.plan.quantization is not None and t.drop is not None)
         if tightest <= self.judge.budget.max_drop / 2 or self._is_late():
             return
         self.say(f"damage of each of {len(blocks)} blocks, for a candidate with more reserve")
         self._damage_table(whole, blocks)
         points = trace_frontier({name: self._options(name) for name in blocks})
-        half = sum(self.damages.values()) / 2
+        half = sum(damage for damage in self.damages.values() if math.isfinite(damage)) / 2
         safer = next((p for p in reversed(points) if p.damage <= half), points[0])
         floats = {name for name, pick in safer.picks.items() if pick == FLOAT}
-        self._judge_floats(whole, floats, "half of the predicted damage")
+        if len(floats) < len(blocks):
+            self._judge_floats(whole, floats, "half of the predicted damage")
 
     def _judge_floats(self, whole: CompressionPlan, floats: set[str], note: str) -> Trial:
         recipe = _recipe_of(whole)

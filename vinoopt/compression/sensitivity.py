@@ -31,7 +31,7 @@ def divergence(reference: Sequence[Outputs], candidate: Sequence[Outputs]) -> fl
     its softmax from the float model's, in nats. Any other output by its mean squared error divided by the
     float model's variance, taken per channel, where the channels are the shortest dimension behind the batch:
     so the few class scores of a detector count as much as its large box coordinates. Outputs are averaged.
-    Not finite values are infinite damage.
+    Values that are not finite are infinite damage where the float model's are others.
     """
     damages = [
         _output_divergence([call[name] for call in reference], [call[name] for call in candidate])
@@ -45,7 +45,9 @@ def _output_divergence(
 ) -> float:
     if any(r.shape != c.shape for r, c in zip(reference, candidate, strict=True)):
         return float("inf")
-    if any(not np.isfinite(np.asarray(c, np.float64)).all() for c in candidate):
+    pairs = [_finite_pair(r, c) for r, c in zip(reference, candidate, strict=True)]
+    reference, candidate = [r for r, _ in pairs], [c for _, c in pairs]
+    if any(not np.isfinite(values).all() for values in (*reference, *candidate)):
         return float("inf")
     if is_classifier_shape(reference[0].shape):
         return _kl_divergence(_scores(reference), _scores(candidate))
@@ -53,6 +55,15 @@ def _output_divergence(
         values = [_relative_error(r[None], c[None]) for r, c in zip(reference, candidate, strict=True)]
         return float(np.mean(values))
     return _relative_error(np.stack(reference), np.stack(candidate))
+
+
+def _finite_pair(
+    reference: npt.NDArray[np.generic], candidate: npt.NDArray[np.generic]
+) -> tuple[Array, Array]:
+    """Both in float64; what is not finite and the same in both, as a mask of minus infinity, is 0 in both."""
+    r, c = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
+    same = ~np.isfinite(r) & ((r == c) | (np.isnan(r) & np.isnan(c)))
+    return (np.where(same, 0.0, r), np.where(same, 0.0, c)) if same.any() else (r, c)
 
 
 def is_classifier_shape(shape: Sequence[int]) -> bool:

@@ -89,7 +89,10 @@ class WidthSearch:
         }
         items |= self._block_items(tables)
         self.total_us = sum(times.at(block, 1.0) for block in times.times)
-        best = self._bisect(trace_frontier(items))
+        points = trace_frontier(items)
+        if len(points) == 1:
+            return [f"no narrower group is predicted to save time on {self.judge.yardstick.target}"]
+        best = self._bisect(points)
         for _ in range(self.rounds - 1):
             if best is None or self._is_late():
                 break
@@ -217,7 +220,7 @@ class WidthSearch:
 
     def _conclusion(self, best: Trial | None) -> str:
         ground = next((t for t in self.judge.trials if t.plan == self.ground and t.latency is not None), None)
-        tried = [t for t in self.judge.trials if t.plan.widths and t.drop is not None]
+        tried = [t for t in self.judge.trials if t.plan.widths and t.state is TrialState.OVER_BUDGET]
         if best is not None and best.latency is not None and ground is not None and ground.latency is not None:
             gain = ground.latency.latency_p50_ms / best.latency.latency_p50_ms
             return f"pruning on top of {self.ground.title}: {gain:.2f}x ({best.note})"
