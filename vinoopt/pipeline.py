@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+from pydantic import ValidationError
 
 from vinoopt import bundle as bundles
 from vinoopt.accuracy.datasets import Dataset, Splits, from_arrays, load_dataset, split
@@ -23,7 +24,7 @@ from vinoopt.compression.build import Workshop
 from vinoopt.compression.judge import Judge, Shared
 from vinoopt.compression.scope import resolve_ignored
 from vinoopt.compression.search import ROUNDS, SearchOptions, SearchResult, search
-from vinoopt.errors import DataError, DeviceError, InputError
+from vinoopt.errors import DataError, DeviceError, InputError, MetricError
 from vinoopt.frontend.normalize import SourceModel, load_model, require_static
 from vinoopt.frontend.parity import check_parity
 from vinoopt.hardware.detect import fingerprint
@@ -36,6 +37,7 @@ from vinoopt.records import (
     Device,
     DeviceSpec,
     Drop,
+    DropType,
     Event,
     Manifest,
     Precision,
@@ -123,7 +125,7 @@ def compile(
 
     `tune` races OpenVINO's runtime properties on devices of this machine (not with effort `fast`).
 
-    An interrupt (Ctrl-C) during the search keeps the best candidate so far and still writes the bundle;
+    An interrupt (Ctrl-C) during the search or the tuning keeps the best so far and still writes the bundle;
     `bundle.manifest.interrupted` is then set. Raises the classes of `vinoopt.errors`: `ModelError`,
     `ShapeError`, `DataError`, `MetricError`, `TargetError`, `BundleError` for what was handed in, before any
     long work.
@@ -131,7 +133,7 @@ def compile(
     started = time.monotonic()
     say = on_event or (lambda event: None)
     place = Path(output) if output is not None else Path(f"{Path(model).stem}.vinoopt")
-    request = CompileRequest(
+    request = _request(
         model=str(model),
         targets=tuple(t if isinstance(t, Target) else Target.parse(t) for t in targets),
         output=str(place),
@@ -160,7 +162,7 @@ def compile(
     material, choices = _search_all(request, handed, started=started, resume=resume, say=say)
     if tune and effort != "fast":
         deadline = None if time_limit_s is None else started + time_limit_s
-        choices = [_tuned(material, choice, deadline) for choice in choices]
+        choices = _all_tuned(material, choices, deadline)
     say(Event(stage="write", message=f"writing {place}"))
     return _write(material, choices, place, started=started)
 
@@ -194,14 +196,18 @@ def compress(
     `CompileRequest` (`budget`, `prune`, `quantize`, `max_pruning`, `effort`, `time_limit_s`, `shape`, ...).
     Raises what `compile` raises.
     """
-    request = CompileRequest(
+    parts = [options.pop(name, None) for name in ("calibration_data", "test_data", "test_labels")]
+    request = _request(
         model=str(model),
         targets=(target if isinstance(target, Target) else Target.parse(target),),
         data=_named(data),
         labels=_named(labels),
+        calibration_data=_named(parts[0]),
+        test_data=_named(parts[1]),
+        test_labels=_named(parts[2]),
         **options,
     )
-    handed = Handed(data, labels, None, None, None, metric)
+    handed = Handed(data, labels, parts[0], parts[1], parts[2], metric)
     say = on_event or (lambda event: None)
     _, (choice,) = _search_all(request, handed, started=time.monotonic(), resume=False, say=say)
     return Compressed(
@@ -253,13 +259,16 @@ def _search_all(
 
     yardsticks = _yardsticks(request, devices, source, splits)
     say(Event(stage="search", message="float model on the search and test parts"))
+    references = [_reference(source, part) for part in (splits.search, splits.test)]
+    for part, reference, title in zip((splits.search, splits.test), references, ("search", "test"), strict=True):
+        _check_reference(metric, part, reference, request.budget, title)
     material = Material(
         request=request,
         source=source,
         splits=splits,
         metric=metric,
-        search_reference=_reference(source, splits.search),
-        test_reference=_reference(source, splits.test),
+        search_reference=references[0],
+        test_reference=references[1],
         store=_store(request, source, splits),
         shared=Shared(),
         messages=tuple(messages),
@@ -277,6 +286,21 @@ def _search_all(
 
 
 # --------------------------------------------------------------------------- what is handed in
+
+
+def _request(**fields: Any) -> CompileRequest:
+    """The request, with lists as tuples and words as members; raises `InputError` for what it cannot hold."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    try:
+        if isinstance(fields.get("preset"), str):
+            fields["preset"] = Preset(fields["preset"])
+        return CompileRequest(**fields)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{place}: {first['msg']} (got {first['input']!r:.80})") from exc
+    except ValueError as exc:
+        raise InputError(f"preset: {exc}; give one of {', '.join(Preset)}") from exc
 
 
 def _named(value: Any) -> str | None:
@@ -368,6 +392,24 @@ def _reference(source: SourceModel, data: Dataset) -> Predictions:
     return predict(source.model, data, properties={"INFERENCE_PRECISION_HINT": "f32"})
 
 
+def _check_reference(
+    metric: Metric, data: Dataset, reference: Predictions, budget: AccuracyBudget, title: str
+) -> None:
+    """Raises `MetricError` where no drop from the float model means anything, before any candidate is built."""
+    scores = score(metric, reference, data, reference)
+    is_nothing = metric.needs_reference and metric.unit == "share" and scores.value == 0
+    if is_nothing or not np.isfinite(scores.value):
+        raise MetricError(
+            f"{metric.name} of the float model with itself is {scores.value:g} on the {title} part: its outputs "
+            "are not finite there; check preprocessing and data, or choose another --metric"
+        )
+    if budget.drop_type is DropType.RELATIVE and scores.value == 0:
+        raise MetricError(
+            f"{metric.name} of the float model is 0 on the {title} part, so a relative drop means nothing; check "
+            "labels and preprocessing, or use --drop-type absolute"
+        )
+
+
 def _store(request: CompileRequest, source: SourceModel, splits: Splits) -> Store:
     facts = {
         key: value
@@ -445,6 +487,7 @@ def _choose_for(
         seed=material.request.seed,
         store=material.store,
         shared=material.shared,
+        spec=yardstick.spec,
         on_trial=lambda trial: material.say(Event(stage="trial", message=trial_line(trial))),
     )
     if resume:
@@ -467,6 +510,20 @@ def _choose_for(
         judge, yardstick, found, TestPart(data=splits.test, reference=material.test_reference), say=say
     )
     return replace(choice, interrupted=interrupted)
+
+
+def _all_tuned(
+    material: Material, choices: Sequence[Choice], deadline: float | None
+) -> list[Choice]:
+    """The choices with tuned properties; an interrupt leaves them as they are from there on."""
+    tuned = list(choices)
+    try:
+        for place, choice in enumerate(choices):
+            tuned[place] = _tuned(material, choice, deadline)
+    except KeyboardInterrupt:
+        material.say(Event(stage="tune", message="interrupted: the bundle is written with what is known"))
+        tuned[place] = replace(choices[place], interrupted=True)
+    return tuned
 
 
 def _tuned(material: Material, choice: Choice, deadline: float | None) -> Choice:

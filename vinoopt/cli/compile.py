@@ -61,8 +61,12 @@ def command(ctx: click.Context, /, **options: Any) -> None:
     from vinoopt.cli.show import Console
     from vinoopt.pipeline import compile
 
-    with Console(quiet=quiet or as_json) as console:
-        bundle = compile(on_event=console.on_event, **arguments)
+    try:
+        with Console(quiet=quiet or as_json) as console:
+            bundle = compile(on_event=console.on_event, **arguments)
+    except KeyboardInterrupt:
+        click.echo("no bundle was written; --resume takes over the trials that are finished", err=True)
+        raise
     from vinoopt.report import render_manifest
     from vinoopt.serde import to_json
 
