@@ -21,6 +21,7 @@ from vinoopt.accuracy.datasets import Dataset, from_arrays
 from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.accuracy.metrics import find_metric
 from vinoopt.bundle import check_output
+from vinoopt.cli.main import main
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.groups import find_groups
 from vinoopt.compression.judge import Judge
@@ -280,6 +281,21 @@ def test_a_model_without_a_contraction_has_no_groups(tmp_path: Path) -> None:
 def test_the_root_of_a_file_system_is_refused_as_output_before_any_work() -> None:
     with pytest.raises(BundleError, match="inside it"):
         check_output(Path("/"), force=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compile", "m.onnx", "--data", "x.npz", "--max-drop", "nan"], "--max-drop nan"),
+        (["compile", "m.onnx", "--data", "x.npz", "--time-limit", "nan"], "is not a time"),
+        (["tune", "m.onnx", "--device", "AUTO", "--profile", "host"], 'not "AUTO"'),
+    ],
+)
+def test_odd_words_end_with_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- interrupts

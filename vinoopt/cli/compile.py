@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,8 @@ def _arguments(options: dict[str, Any]) -> dict[str, Any]:
         raise InputError("no MODEL; give an ONNX file, or --demo for the one that the package carries")
     if options["data"] is None:
         raise InputError("no --data; give a few hundred inputs (an npz, or a folder of arrays or images)")
+    if math.isnan(options["max_drop"]):
+        raise InputError("--max-drop nan is not a number; give one that is not negative, as 0.01")
     preprocess = options.pop("preprocess", None)
     from_flags = preprocess_from(options)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,7 +93,7 @@ def seconds_from(text: str | None) -> float | None:
         seconds = float(number) * (unit or 1.0)
     except ValueError:
         seconds = -1.0
-    if seconds <= 0:
+    if not 0 < seconds < math.inf:  # false for NaN, which no clock ever passes
         raise click.UsageError(f'--time-limit "{text}" is not a time; write 90, 90s, 15m or 2h')
     return seconds
 

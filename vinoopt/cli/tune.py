@@ -85,8 +85,10 @@ def _task(model: str, **options: Any) -> Any:
     )
     spec = None
     if options["profile"]:
-        kind = Device(options["device"].partition(".")[0])
-        spec = load_profile(options["profile"]).devices.get(kind)
+        word = options["device"].partition(".")[0]
+        if word not in [kind.value for kind in Device]:
+            raise click.UsageError(f'--profile goes with a --device of {", ".join(Device)}, not "{word}"')
+        spec = load_profile(options["profile"]).devices.get(Device(word))
     return tuning_task(request, spec=spec)
 
 
