@@ -20,7 +20,7 @@ from vinoopt import pipeline, serde
 from vinoopt.accuracy.datasets import Dataset, from_arrays
 from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.accuracy.metrics import find_metric
-from vinoopt.bundle import check_output
+from vinoopt.bundle import _swap, check_output
 from vinoopt.cli.main import main
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.groups import find_groups
@@ -276,6 +276,20 @@ def test_a_model_without_a_contraction_has_no_groups(tmp_path: Path) -> None:
     text = f'<ir_version: 8, opset_import: ["": 17]> {graph}'
     onnx.save(parser.parse_model(text), tmp_path / "m.onnx")
     assert find_groups(load_model(tmp_path / "m.onnx").model).groups == ()
+
+
+def test_an_interrupt_while_a_bundle_is_replaced_leaves_the_old_one(tmp_path: Path) -> None:
+    class Interrupted(type(tmp_path)):  # type: ignore[misc]
+        def rename(self, target: Any) -> Path:
+            raise KeyboardInterrupt
+
+    place, new = tmp_path / "out", Interrupted(tmp_path / "new")
+    for folder in (place, new):
+        folder.mkdir()
+    (place / "old.txt").touch()
+    with pytest.raises(KeyboardInterrupt):
+        _swap(new, place)
+    assert [file.name for file in place.iterdir()] == ["old.txt"]
 
 
 def test_the_root_of_a_file_system_is_refused_as_output_before_any_work() -> None:

@@ -198,8 +198,9 @@ def _swap(new: Path, place: Path) -> None:
     place.rename(old)
     try:
         new.rename(place)
-    except OSError:
-        old.rename(place)
+    except BaseException:  # an interrupt too must not leave the place empty
+        if not place.exists():
+            old.rename(place)
         raise
     with suppress(OSError):
         shutil.rmtree(old)
