@@ -361,7 +361,10 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path: Path):
         st.dictionaries(
             st.sampled_from(["x", "a/b", "0", "x:1"]),
             # An OpenVINO model compiled earlier in this process may have switched subnormal numbers off.
-            hnp.arrays(st.sampled_from([np.int32, np.int64, np.bool_]), hnp.array_shapes(min_dims=0)),
+            hnp.arrays(
+                np.float32, hnp.array_shapes(min_dims=0), elements=st.floats(width=32, allow_subnormal=False)
+            )
+            | hnp.arrays(st.sampled_from([np.int64, np.bool_]), hnp.array_shapes(min_dims=0)),
             min_size=1,
         ),
         max_size=12,
