@@ -166,6 +166,7 @@ def render_html(manifest: Manifest, trials: Sequence[Trial]) -> str:
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{name}</title>",
         f"<style>{_STYLE}</style></head><body><h1>{name}</h1>",
         f"<p>{html.escape(_budget_words(manifest))}</p>",
+        "<ul>" + "".join(f"<li>{html.escape(message)}</li>" for message in manifest.messages) + "</ul>",
     ]
     for result in manifest.targets:
         own = [trial for trial in trials if trial.target == str(result.target)]
@@ -182,7 +183,8 @@ def render_html(manifest: Manifest, trials: Sequence[Trial]) -> str:
 def _budget_words(manifest: Manifest) -> str:
     budget = manifest.request.budget
     splits = ", ".join(f"{part} {size}" for part, size in manifest.splits.items())
-    return f"Budget: {budget.max_drop:g} {budget.drop_type} of {budget.metric}. Samples: {splits}."
+    metric = manifest.float_accuracy.metric if manifest.float_accuracy is not None else budget.metric
+    return f"Budget: {budget.max_drop:g} {budget.drop_type} of {metric}. Samples: {splits}."
 
 
 def _target_section(result: TargetResult, trials: Sequence[Trial]) -> Iterator[str]:
