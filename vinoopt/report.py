@@ -119,7 +119,7 @@ def latency_table(result: TargetResult) -> Table:
 def comparison_line(comparison: Comparison) -> str:
     """`vinoopt is 1.31x faster than float (95% interval 1.27 to 1.36, measured)`; no interval where modelled."""
     if comparison.low == comparison.high:
-        word = "faster than" if comparison.speedup >= 1 else "as fast (slower) as"
+        word = "faster than" if comparison.speedup >= 1 else "as fast as"
         ratio = f"{comparison.speedup:.2f}x {word}" if comparison.is_significant else "as fast as"
         return f"{comparison.candidate} is {ratio} {comparison.reference} ({comparison.evidence})"
     if not comparison.is_significant:
@@ -128,7 +128,7 @@ def comparison_line(comparison: Comparison) -> str:
             f"({comparison.speedup:.2f}x, 95% interval {comparison.low:.2f} to {comparison.high:.2f}, "
             f"{comparison.evidence})"
         )
-    word = "faster than" if comparison.speedup >= 1 else "as fast (slower) as"
+    word = "faster than" if comparison.speedup >= 1 else "as fast as"
     return (
         f"{comparison.candidate} is {comparison.speedup:.2f}x {word} {comparison.reference} "
         f"(95% interval {comparison.low:.2f} to {comparison.high:.2f}, {comparison.evidence})"

@@ -22,7 +22,7 @@ from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
 from vinoopt.compression.precision import find_blocks
 from vinoopt.compression.refusal import find_refused
 from vinoopt.compression.sensitivity import block_damages
-from vinoopt.compression.width_search import BlockTables, WidthSearch
+from vinoopt.compression.width_search import FLOAT, INT8, BlockTables, WidthSearch
 from vinoopt.compression.widths import prepare
 from vinoopt.errors import ToolchainRefused
 from vinoopt.records import (
@@ -37,8 +37,6 @@ from vinoopt.records import (
 _MOST_REFUSED = 4
 """Blocks that a target's compiler may refuse in INT8 before the search stops asking which."""
 
-INT8 = "int8"
-FLOAT = "float"
 ROUNDS = {"fast": 1, "balanced": 2, "thorough": 4}
 """How often tables are corrected and the frontier searched again, by effort."""
 
@@ -61,11 +59,11 @@ class SearchOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
-    """What came out, with what was learnt on the way."""
+    """What came out, with sentences about what was learnt on the way."""
 
     trials: tuple[Trial, ...]
     damages: Mapping[str, float]
-    """Output damage of each block alone in INT8."""
+    """Output damage of each block alone in INT8, where the search asked."""
     gains_us: Mapping[str, float]
     """Time that INT8 saves in each block on the target; negative where it costs."""
     reasons: tuple[str, ...]
@@ -196,10 +194,7 @@ class _Run:
             deadline=self.options.deadline,
             say=self.say,
         )
-        try:
-            self.reasons += stage.run(BlockTables(damages=self.damages, gains_us=self.gains))
-        except CANDIDATE_ERRORS as exc:
-            self.reasons.append(f"widths cannot be timed on {self.judge.yardstick.target}: {exc}")
+        self.reasons += stage.run(BlockTables(damages=self.damages, gains_us=self.gains))
 
     def _inside(self) -> list[Trial]:
         return [t for t in self.judge.trials if t.state is TrialState.COMPLETE and t.latency is not None]
@@ -237,8 +232,7 @@ class _Run:
             return recipe
 
         def accepts(floats: set[str]) -> bool:
-            names = tuple(sorted(floats | set(recipe.float_layers)))
-            plan = serde.replace(whole, quantization=serde.replace(recipe, float_layers=names))
+            plan = _with_floats(whole, floats)
             try:
                 self.judge.yardstick.measure(plan, self.judge.workshop.build(plan))
             except ToolchainRefused:
@@ -289,15 +283,15 @@ class _Run:
         self.damages = dict(table.damages)
 
     def _damage_of(self, whole: CompressionPlan, floats: set[str]) -> float:
-        recipe = _recipe_of(whole)
-        names = tuple(sorted(floats | set(recipe.float_layers)))
-        plan = serde.replace(whole, quantization=serde.replace(recipe, float_layers=names))
+        plan = _with_floats(whole, floats)
         return self.judge.damage(plan, partial(self.judge.workshop.build, plan))
 
     def _bisect(self, whole: CompressionPlan, blocks: Sequence[str]) -> Trial | None:
         """Judge along the frontier of all blocks until the fastest candidate inside the budget is cornered."""
         points = trace_frontier({name: self._options(name) for name in blocks})
-        self._explain(points[0])
+        slower = sum(gain <= 0 for gain in self.gains.values())
+        if slower:
+            self.reasons.append(f"{slower} blocks stay float because INT8 does not make them faster by themselves")
         return self._bisect_points(whole, points)
 
     def _bisect_points(self, whole: CompressionPlan, points: Sequence[FrontierPoint]) -> Trial | None:
@@ -377,7 +371,7 @@ class _Run:
         """INT8 is inside the budget: leave it only where it costs time, and find a safer neighbour."""
         if slower:
             self.reasons.append(
-                f"{len(slower)} of {len(blocks)} blocks are not faster in INT8 on "
+                f"{len(slower)} of {len(blocks)} blocks are not faster in INT8 by themselves on "
                 f"{self.judge.yardstick.target}: {', '.join(slower[:4])}{' ...' if len(slower) > 4 else ''}"
             )
             if len(slower) < len(blocks):  # else it is the float model, which is an anchor
@@ -395,16 +389,9 @@ class _Run:
             self._judge_floats(whole, floats, "half of the predicted damage")
 
     def _judge_floats(self, whole: CompressionPlan, floats: set[str], note: str) -> Trial:
-        recipe = _recipe_of(whole)
-        names = tuple(sorted(floats | set(recipe.float_layers)))
-        plan = serde.replace(whole, quantization=serde.replace(recipe, float_layers=names))
+        plan = _with_floats(whole, floats)
         self.say(f"{plan.title}: {note}")
         return self.judge.judge(plan, note=note)
-
-    def _explain(self, start: FrontierPoint) -> None:
-        slower = sorted(name for name, gain in self.gains.items() if gain <= 0)
-        if slower:
-            self.reasons.append(f"{len(slower)} blocks stay float because INT8 does not make them faster")
 
     def _is_late(self) -> bool:
         return self.options.deadline is not None and time.monotonic() > self.options.deadline
@@ -436,6 +423,13 @@ def _recipe_of(plan: CompressionPlan) -> QuantizationPlan:
     if plan.quantization is None:
         raise ValueError("the plan quantizes nothing")
     return plan.quantization
+
+
+def _with_floats(plan: CompressionPlan, floats: set[str]) -> CompressionPlan:
+    """The plan with these blocks in float beside those that its recipe leaves in float already."""
+    recipe = _recipe_of(plan)
+    names = tuple(sorted(floats | set(recipe.float_layers)))
+    return serde.replace(plan, quantization=serde.replace(recipe, float_layers=names))
 
 
 def _latency(trial: Trial) -> float:

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 from scipy.special import log_softmax
 
 Array = npt.NDArray[np.float64]
 Outputs = Mapping[str, npt.NDArray[np.generic]]
-Damage = Callable[[ov.Model], float]
-"""Runs a candidate on the held-back samples and gives its divergence from the float model."""
 
 _EPSILON = 1e-12
 

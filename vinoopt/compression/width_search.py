@@ -25,6 +25,7 @@ from vinoopt.compression.widths import (
 from vinoopt.records import CompressionPlan, GroupWidth, QuantizationPlan, Trial, TrialState
 
 FLOAT, INT8 = "float", "int8"
+"""Names of a block's options on the frontier."""
 _LEAST_GAIN = 0.02
 """The bisection ends where its candidates differ by less than this share of the predicted time."""
 _TIMING_SAMPLES = 4
@@ -83,7 +84,7 @@ class WidthSearch:
         saved = saved_times(self.kit, damages, times)
         items = {
             _GROUP + name: width_options(
-                name, self.kit.coupling.group(name).units, damages[name], saved[name], scale=1.0
+                name, self.kit.coupling.group(name).units, damages[name], saved[name]
             )
             for name in damages
         }

@@ -236,13 +236,13 @@ def _share(kept: Array, columns: Array, rows: Array) -> float:
 
 
 def width_options(
-    name: str, units: int, damages: Mapping[int, float], saved: Mapping[int, float], *, scale: float
+    name: str, units: int, damages: Mapping[int, float], saved: Mapping[int, float]
 ) -> tuple[Option, ...]:
-    """The options of one group for the frontier: all units, and every offered width. `scale` weighs damage."""
+    """The options of one group for the frontier: all units, and every offered width."""
     return (
         Option(name=str(units), damage=0.0, time_us=0.0),
         *(
-            Option(name=str(width), damage=scale * damage, time_us=-saved[width])
+            Option(name=str(width), damage=damage, time_us=-saved[width])
             for width, damage in damages.items()
         ),
     )
