@@ -17,7 +17,7 @@ from vinoopt.hardware.profile import check_profile, load_profile
 from vinoopt.records import Device, Precision
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").glob("[!_]*.py"))
 NEEDS = {"train_demo": ("torch", "sklearn")}
 """What a script needs that the package does not."""
 
@@ -105,6 +105,20 @@ def test_the_demo_meets_its_peers() -> None:
     assert {"float f32", "nncf.quantize", "onnxruntime", "vinoopt"} <= set(roads)
     assert roads["vinoopt"]["accuracy"] >= roads["float f32"]["accuracy"] - 0.03
     assert "vinoopt" in told.stdout
+
+
+@pytest.mark.slow
+def test_a_model_that_is_too_wide_is_pruned() -> None:
+    told = run("bench_pruning", "--case", "digits_wide", "--effort", "fast", "--seconds", "2")
+    (row,) = lines("pruning.jsonl")
+    assert row["budget_met"]
+    assert row["pruned_groups"] > 0
+    assert row["weight_bytes"]["vinoopt"] < row["weight_bytes"]["nncf.quantize"]
+    assert row["over_int8"][1] > 1.2
+    assert row["search_minutes"] > 0
+    assert "over INT8" in told.stdout
+    again = run("bench_pruning", "--case", "digits_wide", "--effort", "fast")
+    assert "already there" in again.stderr
 
 
 @pytest.mark.slow

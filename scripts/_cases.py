@@ -1,0 +1,202 @@
+"""Models with data and labels that the benchmarks share, and what they do with them alike.
+
+Development models are looked for in VINOOPT_SHARED, else in ../shared beside the checkout.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+import vinoopt
+from vinoopt.accuracy.datasets import Dataset, from_arrays, load_dataset
+from vinoopt.accuracy.evaluate import Scores, predict, score
+from vinoopt.accuracy.metrics import Metric, find_metric
+from vinoopt.demo import demo_files
+from vinoopt.frontend.normalize import SourceModel
+from vinoopt.frontend.preprocess import read_preprocess
+from vinoopt.records import Comparison, PreprocessSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("VINOOPT_SHARED", ROOT.parent / "shared"))
+CIFAR = (PreprocessSpec(mean=(123.675, 116.28, 103.53), scale=(58.395, 57.12, 57.375)),)
+CALIBRATION = 1000
+"""Most images that calibration and refit may see where a model's data has a part for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Inputs and labels: for calibration (None: a part of the search's), for the search, for judgement."""
+
+    calibration: Any = None
+    search: Any
+    search_labels: Any
+    test: Any
+    test_labels: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model with its data; `shape` holds `{}` where the batch size goes."""
+
+    model: Path
+    load: Callable[[SourceModel], Parts]
+    preprocess: tuple[PreprocessSpec, ...] = ()
+    shape: str | None = None
+    metric: str = "top1"
+    metric_options: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    def shape_at(self, batch: int) -> str | None:
+        """The shape text for this batch size."""
+        return None if self.shape is None else self.shape.format(batch)
+
+    def source(self, batch: int) -> SourceModel:
+        """The float model."""
+        return vinoopt.load_model(self.model, shape=self.shape_at(batch), preprocess=self.preprocess)
+
+    def metric_for(self, source: SourceModel) -> Metric:
+        """What the case is judged by."""
+        return find_metric(self.metric, outputs=source.outputs, has_labels=True, options=self.metric_options)
+
+
+def cases() -> dict[str, Case]:
+    """Every case by name, whether its files are here or not."""
+    models, demo = SHARED / "models", demo_files()
+    digit = "images[{},1,32,32]"
+    imagenet_rgb = (PreprocessSpec(mean=(127.5,), scale=(127.5,)),)
+    imagenet_bgr = (PreprocessSpec(colour_order="BGR", mean=(104.0, 117.0, 123.0)),)
+    return {
+        "digits": Case(
+            model=demo.model, load=_digits, preprocess=read_preprocess(demo.preprocess), shape=digit
+        ),
+        "digits_wide": Case(
+            model=ROOT / "tests" / "data" / "digits_wide.onnx",
+            load=_digits,
+            preprocess=read_preprocess(demo.preprocess),
+            shape=digit,
+        ),
+        "mnist": Case(model=models / "mnist_cntk.onnx", load=_mnist, preprocess=(PreprocessSpec(),)),
+        "cifar_resnet20": Case(
+            model=models / "cifar_resnet20.onnx", load=_cifar, preprocess=CIFAR, shape="x[{},3,32,32]"
+        ),
+        "cifar_resnet32": Case(
+            model=models / "cifar10_resnet32_akamaster_op11.onnx",
+            load=_cifar,
+            preprocess=CIFAR,
+            shape="[{},3,32,32]",
+        ),
+        "magika": Case(model=models / "magika_standard_v2_1.onnx", load=_magika, shape="bytes[{},4096]"),
+        "squeezenet": Case(model=models / "squeezenet1.0_fp32.onnx", load=_imagenet, preprocess=imagenet_bgr),
+        "mobilenetv2": Case(
+            model=models / "mobilenetv2_1.0_224_qatdeq.onnx",
+            load=_imagenet,
+            preprocess=imagenet_rgb,
+            shape="[{},3,224,224]",
+            metric_options={"label_offset": 1},
+        ),
+    }
+
+
+# --------------------------------------------------------------------------- data
+
+
+def _divided(images: Any, labels: Any, share: float = 0.5) -> Parts:
+    """A seeded permutation cut in two: the first part for calibration and search."""
+    order = np.random.default_rng(0).permutation(len(images))
+    first, second = order[: int(share * len(order))], order[int(share * len(order)) :]
+    return Parts(
+        search=images[first], search_labels=labels[first], test=images[second], test_labels=labels[second]
+    )
+
+
+def _digits(source: SourceModel) -> Parts:
+    with np.load(demo_files().data) as data:
+        return _divided(data["images"], data["labels"])
+
+
+def _mnist(source: SourceModel) -> Parts:
+    return _calibrated("mnist_dev.npz", lambda images: images[..., None])
+
+
+def _cifar(source: SourceModel) -> Parts:
+    return _calibrated("cifar10_dev.npz", lambda images: images)
+
+
+def _calibrated(name: str, shaped: Callable[[np.ndarray], np.ndarray]) -> Parts:
+    """Calibration from the file's own part; the search sees half of its test part, the judgement the rest.
+
+    Models of these files know their calibration part from training, so that drops on it would be too small.
+    """
+    with np.load(SHARED / "data" / name) as data:
+        parts = _divided(shaped(data["test_images"]), data["test_labels"].astype(np.int64))
+        calibration = shaped(data["calib_images"][:CALIBRATION])
+    return Parts(calibration=calibration, **{k: v for k, v in vars(parts).items() if k != "calibration"})
+
+
+def _imagenet(source: SourceModel) -> Parts:
+    folder = SHARED / "data" / "imagenet_val"
+    dataset = load_dataset(
+        str(folder / "images"),
+        inputs=source.inputs,
+        labels=str(folder / "labels.csv"),
+        preprocess=source.preprocess,
+    )
+    images = np.concatenate([sample[source.inputs[0].name] for sample in dataset])
+    return _divided(images, np.asarray(dataset.labels).ravel()[: len(images)], share=0.6)
+
+
+def _magika(source: SourceModel) -> Parts:
+    with np.load(SHARED / "data" / "magika_v2_1_dev.npz") as data:
+        return _divided(data["bytes"], data["labels"])
+
+
+# --------------------------------------------------------------------------- what they do alike
+
+
+def whole_calls(data: Any, labels: Any, source: SourceModel, batch: int) -> Dataset:
+    """The data as calls of the model's batch size; samples that fill no call are left out."""
+    count = len(data) // batch * batch
+    kept = None if labels is None else labels[:count]
+    return from_arrays(data[:count], inputs=source.inputs, labels=kept)
+
+
+def judged(
+    model: ov.Model | Path, properties: Mapping[str, str], test: Dataset, metric: Metric
+) -> Scores:
+    """The metric of a model as it is run, on the test part; one that needs no float model's outputs."""
+    loaded = ov.Core().read_model(model) if isinstance(model, Path) else model
+    kept = {key: value for key, value in properties.items() if key != "PERFORMANCE_HINT"}
+    return score(metric, predict(loaded, test, properties=kept), test)
+
+
+def ratio(comparison: Comparison) -> list[float | bool]:
+    """How many times faster, the ends of the 95% interval, and whether it is significant; for a JSON line."""
+    return [comparison.speedup, comparison.low, comparison.high, comparison.is_significant]
+
+
+def ratio_cell(cell: Sequence[Any] | None) -> str:
+    """`1.31x 1.28-1.34`, with `n.s.` where the interval holds 1."""
+    if cell is None:
+        return "-"
+    return f"{cell[0]:.2f}x {cell[1]:.2f}-{cell[2]:.2f}{'' if cell[3] else ' n.s.'}"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as columns."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def say(text: str) -> None:
+    """Talk goes to stderr; stdout belongs to the table."""
+    print(text, file=sys.stderr, flush=True)
