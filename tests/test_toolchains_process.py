@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import sys
 import threading
 import time
@@ -201,7 +202,15 @@ def test_program_that_does_not_exist_is_missing():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_interrupt_kills_the_child(child, tmp_path):
+@pytest.fixture
+def heeds_interrupts():
+    """A shell that starts the tests in the background has them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_kills_the_child(child, tmp_path, heeds_interrupts):
     pid_file = tmp_path / "pid"
     source = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     waiter = threading.Thread(target=_interrupt_when, args=(pid_file,))
