@@ -201,7 +201,6 @@ def test_program_that_does_not_exist_is_missing():
         run_child(["no-such-compiler"], request={}, timeout_s=5)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.fixture
 def heeds_interrupts():
     """A shell that starts the tests in the background has them ignore SIGINT."""
@@ -210,6 +209,7 @@ def heeds_interrupts():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_interrupt_kills_the_child(child, tmp_path, heeds_interrupts):
     pid_file = tmp_path / "pid"
     source = f"import os, time; open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
