@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+FLOAT, INT8 = "float", "int8"
+"""Names of a block's options."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
