@@ -4,6 +4,7 @@ result = tune(TuneTask(model=model, samples=samples), config=TuneConfig(goal=Goa
 compiled = core.compile_model(model, "CPU", result.properties.as_dict())
 """
 
+from vinoopt.tuning.bisection import LayerDeparture, Variant, first_departure
 from vinoopt.tuning.parity import Parity
 from vinoopt.tuning.race import TuneTask, tune
 from vinoopt.tuning.settings import axes
@@ -11,12 +12,15 @@ from vinoopt.tuning.trials import Goal, SettingState, SettingTrial, TuneConfig, 
 
 __all__ = [
     "Goal",
+    "LayerDeparture",
     "Parity",
     "SettingState",
     "SettingTrial",
     "TuneConfig",
     "TuneResult",
     "TuneTask",
+    "Variant",
     "axes",
+    "first_departure",
     "tune",
 ]

@@ -17,6 +17,7 @@ from vinoopt import bench, serde
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig, MeasureMode, Sample
 from vinoopt.errors import DeviceError, InputError
 from vinoopt.records import DeviceSpec, Measurement, RuntimeProperties
+from vinoopt.tuning.bisection import Variant, first_departure
 from vinoopt.tuning.parity import Outputs, Parity, departure, parity, run_all
 from vinoopt.tuning.settings import axes
 from vinoopt.tuning.trials import Goal, Journal, SettingState, SettingTrial, TuneConfig, TuneResult
@@ -123,7 +124,8 @@ class _Race:
         self.expected: Outputs = run_all(_compiled(reference, "CPU", _EXACT), samples)
         self.parity = parity(run_all(self.default, samples), self.expected)
         if reason := self._departure(self.parity, None):
-            self.warnings.append(f"the default setting itself departs from the float reference: {reason}")
+            where = self._where(NOTHING, reference)
+            self.warnings.append(f"the default setting itself departs from the float reference: {reason}{where}")
 
     def is_default(self, setting: RuntimeProperties) -> bool:
         """Whether the device already does this by default."""
@@ -223,7 +225,7 @@ class _Race:
             return None
         found = parity(outputs, self.expected)
         if reason := self._departure(found, self.parity):
-            refused = SettingState.REFUSED
+            refused, reason = SettingState.REFUSED, reason + self._where(setting, self.task.model)
             self._record([SettingTrial(properties=setting, state=refused, reason=reason, parity=found)])
             return None
         return _Entrant(setting=setting, parity=found, compiled=compiled)
@@ -265,6 +267,19 @@ class _Race:
     def _departure(self, found: Parity, default: Parity | None) -> str:
         demands = {"min_cosine": self.config.min_cosine, "min_agreement": self.config.min_agreement}
         return departure(found, **demands, default=default)
+
+    def _where(self, setting: RuntimeProperties, reference: ov.Model) -> str:
+        """The first layer that departs, as the end of a sentence; empty where it cannot be told."""
+        candidate = Variant(
+            model=self.task.model, device=self.task.device, properties=self._properties(setting).as_dict()
+        )
+        try:
+            found = first_departure(
+                Variant(model=reference), candidate, self.task.samples, min_cosine=self.config.min_cosine
+            )
+        except DeviceError:  # a part that does not run by itself; the refusal stands without it
+            return ""
+        return "" if found is None else f"; {found.sentence}"
 
     def _properties(self, setting: RuntimeProperties) -> RuntimeProperties:
         return RuntimeProperties.of({**self.config.default.as_dict(), **setting.as_dict()})
