@@ -143,7 +143,8 @@ def test_every_file_has_its_checksum_and_damage_is_found(bundle: Bundle, tmp_pat
 def test_a_bundle_verifies_on_the_machine_that_made_it(bundle: Bundle) -> None:
     found = verify(bundle)
     assert found.ok, found.verdict
-    assert [c.state for c in found.checks] == [CheckState.PASSED] * 3
+    assert {c.name.split()[0] for c in found.checks} == {"files", "versions", "requirements", "replay", "speed"}
+    assert {c.state for c in found.checks} <= {CheckState.PASSED, CheckState.WARNING}  # the machine may be busy
 
 
 def test_weights_that_were_changed_do_not_verify(bundle: Bundle, tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from vinoopt.records import (
     TargetResult,
     Trial,
 )
+from vinoopt.replay import BLOB, MODEL
 from vinoopt.report import render_html
-from vinoopt.toolchains.host import compile_here
+from vinoopt.toolchains.host import RUNTIME_REQUIREMENTS, compile_here
 from vinoopt.toolchains.process import run_child
 
 MANIFEST = "manifest.json"
@@ -137,20 +138,49 @@ def replay_in_child(
     *,
     device: Device | None = None,
     properties: RuntimeProperties | None = None,
+    file: str = MODEL,
+    export: Path | None = None,
 ) -> dict[str, Any]:
     """The bundle reopened by plain OpenVINO in a fresh process and compared with its golden outputs.
 
-    It runs on the target's own device with the properties in its folder, unless others are given.
-    Gives departure, tolerance, calls and OpenVINO's version; see `vinoopt.replay`. Raises `ToolchainError`
-    subclasses where the process fails.
+    It runs on the target's own device with the properties in its folder, unless others are given. `file` is the IR or
+    the blob; a blob of what was run is left at `export`. Gives departure, tolerance, calls, OpenVINO's version and
+    the compiled model's requirements; see `vinoopt.replay`. Raises `ToolchainError` subclasses where the process
+    fails.
     """
     request = {
         "folder": str(folder.resolve()),
         "target": result.target.slug,
         "device": (device or result.target.device).value,
         "properties": None if properties is None else properties.as_dict(),
+        "file": file,
+        "export": export is not None,
     }
-    return run_child("vinoopt.replay", request=request, timeout_s=REPLAY_TIMEOUT_S).values
+    collect = {} if export is None else {BLOB: export}
+    return run_child("vinoopt.replay", request=request, timeout_s=REPLAY_TIMEOUT_S, collect=collect).values
+
+
+def replace_blob(bundle: Bundle, result: TargetResult, blob: Path, *, requirements: str | None) -> Bundle:
+    """The bundle with another blob for a target, its checksums renewed; the files are replaced one by one."""
+    place = bundle.path / result.target.slug / BLOB
+    sha256 = serde.sha256_file(blob)
+    details = {**result.build.details, **({RUNTIME_REQUIREMENTS: requirements} if requirements else {})}
+    toolchain = f"openvino {ov.__version__}"
+    build = serde.replace(result.build, blob=BLOB, blob_sha256=sha256, toolchain=toolchain, details=details)
+    own = serde.replace(result, build=build)
+    manifest = serde.replace(
+        bundle.manifest,
+        targets=tuple(own if each.target == result.target else each for each in bundle.manifest.targets),
+        files={**bundle.manifest.files, place.relative_to(bundle.path).as_posix(): sha256},
+    )
+    text = serde.to_json(manifest, indent=2) + "\n"
+    with tempfile.TemporaryDirectory(prefix=f".{bundle.path.name}-", dir=bundle.path.parent) as folder:
+        new, new_manifest = Path(folder) / BLOB, Path(folder) / MANIFEST
+        shutil.copyfile(blob, new)
+        new_manifest.write_text(text, encoding="utf-8")
+        new.replace(place)
+        new_manifest.replace(bundle.path / MANIFEST)
+    return Bundle(path=bundle.path, manifest=manifest)
 
 
 # --------------------------------------------------------------------------- writing

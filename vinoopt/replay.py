@@ -5,6 +5,7 @@ Run as a child: it answers with the largest departure of the replayed outputs fr
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,37 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
+from vinoopt.toolchains.host import requirements_of
 from vinoopt.toolchains.process import serve
+
+MODEL, BLOB = "model.xml", "model.blob"
 
 
 def replay(
-    folder: Path, target: str, device: str, *, properties: dict[str, str] | None = None
+    folder: Path,
+    target: str,
+    device: str,
+    *,
+    properties: dict[str, str] | None = None,
+    file: str = MODEL,
+    export: Path | None = None,
 ) -> dict[str, Any]:
     """Largest departure of each golden call, relative to the largest golden value of its output.
 
     `folder` is the bundle, `target` the name of the target's folder in it, `device` OpenVINO's; `properties`
-    replace those in the target's folder. The departure of an output is max|y - golden| / max|golden| over all
-    calls; what is not finite has to be so in both, else it counts as infinite.
+    replace those in the target's folder. `file` is what is opened: the IR, which is compiled, or the blob, which is
+    imported; `export` is where a blob of it is left. The departure of an output is max|y - golden| / max|golden|
+    over all calls; what is not finite has to be so in both, else it counts as infinite.
     """
     if properties is None:
         properties = json.loads((folder / target / "runtime.json").read_text(encoding="utf-8"))
-    model = ov.Core().compile_model(folder / target / "model.xml", device, properties)
+    core = ov.Core()
+    if file == BLOB:
+        model = core.import_model(io.BytesIO((folder / target / file).read_bytes()), device, properties)
+    else:
+        model = core.compile_model(folder / target / file, device, properties)
+    if export is not None:
+        export.write_bytes(model.export_model().getvalue())
     worst = 0.0
     with np.load(folder / "golden.npz") as golden:
         tolerance = float(golden[f"tolerance/{target}"])
@@ -41,7 +58,13 @@ def replay(
             for index, output in enumerate(model.outputs):
                 expected = golden[f"output/{target}/{call}/{index}"]
                 worst = max(worst, departure(expected, results[output]))
-    return {"departure": worst, "tolerance": tolerance, "calls": calls, "openvino": ov.__version__}
+    return {
+        "departure": worst,
+        "tolerance": tolerance,
+        "calls": calls,
+        "openvino": ov.__version__,
+        "requirements": requirements_of(model),
+    }
 
 
 def departure(expected: Any, actual: Any) -> float:
@@ -63,7 +86,12 @@ def departure(expected: Any, actual: Any) -> float:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     return replay(
-        Path(request["folder"]), request["target"], request["device"], properties=request["properties"]
+        Path(request["folder"]),
+        request["target"],
+        request["device"],
+        properties=request["properties"],
+        file=request["file"],
+        export=Path(BLOB) if request["export"] else None,
     )
 
 

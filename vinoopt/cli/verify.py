@@ -9,18 +9,30 @@ import click
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "-t",
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=3.0,
+    show_default=True,
+    help="Measurement per target; 0 for none.",
+)
+@click.option("--rebuild", is_flag=True, help="Replace a blob that no longer fits by one compiled here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON on stdout.")
 @click.pass_context
-def command(ctx: click.Context, /, bundle: Path, as_json: bool) -> None:
-    """Check a BUNDLE on the machine that will run it: files, versions, golden outputs.
+def command(ctx: click.Context, /, bundle: Path, seconds: float, rebuild: bool, as_json: bool) -> None:
+    """Check a BUNDLE on the machine that will run it.
 
-    Exit codes: 0 fit for this machine, 1 not, 2 not a bundle.
+    Checksums, versions, what the device says to the requirements the model was compiled with, blobs (recompiled from
+    IR where they no longer fit), golden outputs, and the latency now beside the one in the manifest.
+
+    Exit codes: 0 fit for this machine (warnings included), 1 not fit or nothing could be checked, 2 not a bundle.
     """
     from vinoopt.bundle import open_bundle
     from vinoopt.serde import to_json
     from vinoopt.verification import verify
 
-    found = verify(open_bundle(bundle))
+    found = verify(open_bundle(bundle), seconds=seconds, rebuild=rebuild)
     if as_json:
         click.echo(to_json(found, indent=2))
     else:

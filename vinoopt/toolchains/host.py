@@ -25,6 +25,9 @@ from vinoopt.records import (
 
 _BLOB_DEVICES = frozenset({Device.GPU, Device.NPU})
 """Devices whose compiled form is worth shipping; a CPU's is compiled from IR in less time than it takes to copy."""
+RUNTIME_REQUIREMENTS = "runtime_requirements"
+"""Key of `Build.details`."""
+_REQUIREMENTS, _COMPATIBILITY = "RUNTIME_REQUIREMENTS", "COMPATIBILITY_CHECK"
 _PROFILED_RUNS = 30
 _COMPILATIONS = 3
 _SETTLING_RUNS = 3
@@ -68,6 +71,7 @@ class HostToolchain:
             data = compiled.export_model()
             output.write_bytes(data)
             blob = hashlib.sha256(data).hexdigest()
+        requirements = requirements_of(compiled)
         return Build(
             target=Target(profile=spec.name, device=spec.kind),
             toolchain=f"openvino {ov.__version__}",
@@ -77,6 +81,7 @@ class HostToolchain:
             blob_sha256=blob,
             compile_ms=compile_ms,
             layers=tuple(describe_layers(compiled)),
+            details={} if requirements is None else {RUNTIME_REQUIREMENTS: requirements},
         )
 
 
@@ -93,6 +98,31 @@ def compile_here(
         raise DeviceError(
             f"OpenVINO cannot compile the model for {device} with {dict(properties)}: {reason_of(exc)}"
         ) from exc
+
+
+def requirements_of(model: ov.CompiledModel) -> str | None:
+    """What a compiled model says that it needs of the machine that runs it; None where its device does not tell."""
+    if _REQUIREMENTS not in model.get_property("SUPPORTED_PROPERTIES"):
+        return None
+    try:
+        return str(model.get_property(_REQUIREMENTS))
+    except RuntimeError:  # listed, but not for this model
+        return None
+
+
+def compatibility(device: str, requirements: str) -> str | None:
+    """What the device says to the requirements of a model compiled elsewhere: `supported`, `unsupported`, ...
+
+    None where it does not answer: an older OpenVINO, or one whose Python cannot hand the answer over, as 2026.4.
+    """
+    core = ov.Core()
+    if _COMPATIBILITY not in core.get_property(device, "SUPPORTED_PROPERTIES"):
+        return None
+    try:
+        answer = core.get_property(device, _COMPATIBILITY, {_REQUIREMENTS: requirements})
+    except (RuntimeError, TypeError):
+        return None
+    return str(answer).rpartition(".")[2].lower().replace("_", " ")
 
 
 def reason_of(exc: RuntimeError) -> str:
