@@ -228,3 +228,40 @@ def test_what_the_preflight_refuses_the_compiler_refuses(route, tmp_path, name):
     ov.save_model(model, path, compress_to_fp16=False)
     with pytest.raises(ToolchainRefused):
         call_compiler(route, CompilerCall(model=path, platform="4000", properties={}, timeout_s=120))
+
+
+def _padded(ending: str) -> ov.Model:
+    """Channels of zeros around quantized ones, as the shortcuts of ResNet for CIFAR have them."""
+
+    def quantized(data, high: float, low: float = 0.0, levels: int = 256):
+        ends = np.float32(low), np.float32(high)
+        return ops.fake_quantize(data, *ends, *ends, levels)
+
+    def convolution(data, count: int, channels: int):
+        kernel = np.random.default_rng(0).standard_normal((count, channels, 1, 1)).astype(np.float32)
+        weights = quantized(ops.constant(kernel), 3.0, -3.0, 255)
+        return quantized(ops.relu(ops.convolution(data, weights, [1, 1], [0, 0], [0, 0], [1, 1])), 4.0)
+
+    image = ops.parameter([1, 16, 16, 16], np.float32, name="image")
+    data = quantized(image, 4.0)
+    wider = ops.pad(convolution(data, 16, 16), [0, 8, 0, 0], [0, 8, 0, 0], "constant", np.float32(0))
+    wider.set_friendly_name("shortcut")
+    last = (
+        convolution(wider, 8, 32)
+        if ending == "convolution"
+        else quantized(ops.add(wider, convolution(data, 32, 16)), 8.0)
+    )
+    return ov.Model([ops.result(last)], [image], "padded")
+
+
+@pytest.mark.parametrize(("platform", "ending"), [("3720", "add"), ("4000", "convolution")])
+def test_padded_channels_compile_only_in_our_form(route, toolchain, tmp_path, platform, ending):
+    """Once the compiler takes the plain form, the rewrite is to go."""
+    path = tmp_path / "padded.xml"
+    ov.save_model(_padded(ending), path, compress_to_fp16=False)
+    with pytest.raises(ToolchainRefused):
+        call_compiler(route, CompilerCall(model=path, platform=platform, properties={}, timeout_s=120))
+    build = build_for(toolchain, path, tmp_path / "model.blob", platform)
+    assert "NPU_REWRITTEN" in [each.code for each in build.diagnostics]
+    (copy,) = [layer for layer in build.layers if layer.name == "shortcut"]
+    assert (copy.type, copy.precision in ("u8", "i8")) == ("Convolution", True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import openvino as ov
 from pydantic import Field
 
 from vinoopt import serde
@@ -29,7 +30,7 @@ from vinoopt.records import (
     Target,
 )
 from vinoopt.store import Store
-from vinoopt.toolchains import npu_preflight
+from vinoopt.toolchains import npu_preflight, npu_rewrites
 from vinoopt.toolchains.npu_compiler import (
     BLOB_FILE,
     MEMORY_LIMIT_BYTES,
@@ -134,8 +135,9 @@ class NpuToolchain:
         """
         route = self._route(spec, needs_cost_model=True)
         form = sorted(NpuEstimate.model_fields)
-        store = Store.open(route.version, harness_sha256(), form, root=self.places.cache / "npu-estimates")
-        key = _content_key(model_path, _platform(spec), properties)
+        key = (route.version, harness_sha256(), form, npu_rewrites.VERSION)
+        store = Store.open(*key, root=self.places.cache / "npu-estimates")
+        content = _content_key(model_path, _platform(spec), properties)
 
         def compute() -> Any:
             with child_folder() as folder:
@@ -149,7 +151,7 @@ class NpuToolchain:
                 )
             return _estimate_of(build).model_dump(mode="json")
 
-        return serde.from_mapping(NpuEstimate, store.json(key, compute), where="kept NPU estimate")
+        return serde.from_mapping(NpuEstimate, store.json(content, compute), where="kept NPU estimate")
 
     def _compile_best(
         self,
@@ -198,14 +200,19 @@ class NpuToolchain:
         model = npu_preflight.read_ir(model_path)
         findings = npu_preflight.check(model, platform)
         npu_preflight.refuse(findings)
-        call = CompilerCall(
-            model=model_path,
-            platform=platform,
-            properties=properties.as_dict(),
-            timeout_s=timeout_s,
-            memory_limit_bytes=self.memory_limit_bytes,
-        )
-        result = call_compiler(route, call, blob=output)
+        rewritten = npu_rewrites.rewrite(model, platform)
+        with child_folder() as folder:
+            if rewritten:
+                model_path = folder / "rewritten.xml"
+                ov.save_model(model, model_path, compress_to_fp16=False)
+            call = CompilerCall(
+                model=model_path,
+                platform=platform,
+                properties=properties.as_dict(),
+                timeout_s=timeout_s,
+                memory_limit_bytes=self.memory_limit_bytes,
+            )
+            result = call_compiler(route, call, blob=output)
         is_quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
         summary = Summary.of(route, result, is_quantized=is_quantized)
         return Build(
@@ -219,7 +226,7 @@ class NpuToolchain:
             latency_ms=None if summary.schedule is None else round(summary.schedule.total_us / 1000, 6),
             is_lower_bound=summary.is_lower_bound,
             layers=() if summary.schedule is None else summary.schedule.layers,
-            diagnostics=(*findings, *summary.diagnostics),
+            diagnostics=(*findings, *rewritten, *summary.diagnostics),
             details={"platform": platform, "blob_bytes": str(output.stat().st_size), **summary.details},
         )
 
