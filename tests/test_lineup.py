@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import click
 import numpy as np
 import openvino as ov
 import pytest
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 from vinoopt import bundle, serde
 from vinoopt.bench import Engine, MeasureConfig, measure
 from vinoopt.cli.bench import bench, compare
+from vinoopt.cli.options import milliseconds_from
 from vinoopt.cli.tune import tune
 from vinoopt.demo import demo_files
 from vinoopt.errors import BundleError, DataError, InputError, ModelError
@@ -211,7 +213,8 @@ def test_bench_prints_a_table_on_stdout_and_remarks_on_stderr(built: Path) -> No
 
 
 def test_bench_writes_json() -> None:
-    found = _invoke(bench, "-m", DEMO.model, "--against", "fp32", "-t", 0.5, "--json", "--nthreads", 1)
+    words = ("--against", "fp32", "-t", 0.5, "--json", "--nthreads", 1, "--no-start-up")
+    found = _invoke(bench, "-m", DEMO.model, *words)
     whole = json.loads(found.stdout)
     assert [each["name"] for each in whole["measurements"]] == ["digits", "fp32"]
     assert whole["comparisons"][0]["reference"] == "fp32"
@@ -219,17 +222,48 @@ def test_bench_writes_json() -> None:
 
 
 def test_throughput_is_asked_for_in_benchmark_apps_words() -> None:
-    found = _invoke(bench, DEMO.model, "-hint", "tput", "-nstreams", 1, "-nireq", 2, "-t", 0.5, "--json")
+    words = ("-hint", "tput", "-nstreams", 1, "-nireq", 2, "-t", 0.5, "--json", "--no-start-up")
+    found = _invoke(bench, DEMO.model, *words)
     assert json.loads(found.stdout)["measurements"][0]["throughput_per_s"] > 0
 
 
 def test_a_model_that_became_slower_fails_the_gate() -> None:
     wide = Path(__file__).parent / "data" / "digits_wide.onnx"
-    slow = ("--nthreads", 1, "--infer-precision", "f32", "-t", 2)
+    slow = ("--nthreads", 1, "--infer-precision", "f32", "-t", 2, "--no-start-up")
     found = _invoke(compare, DEMO.model, wide, "--fail-below", 0.95, *slow)
     assert found.exit_code == 3
     assert "below 0.95x" in found.stderr
     assert _invoke(compare, wide, DEMO.model, "--fail-below", 0.95, *slow).exit_code == 0
+
+
+def test_records_of_two_runs_are_compared(tmp_path: Path) -> None:
+    names = []
+    for model in (DEMO.model, Path(__file__).parent / "data" / "digits_wide.onnx"):
+        found = _invoke(bench, model, "--against", "fp32", "-t", 1, "--no-start-up", "--nthreads", 1, "--json")
+        names.append(tmp_path / f"{model.stem}.json")
+        names[-1].write_text(found.stdout)
+    told = _invoke(compare, *names)
+    assert told.exit_code == 0
+    assert "relative to fp32 of each run" in told.stdout
+    whole = json.loads(_invoke(compare, *names, "--json").stdout)
+    assert whole["through"] == ["fp32"]
+    spoiled = tmp_path / "spoiled.json"
+    spoiled.write_text("{}")
+    with pytest.raises(InputError, match="spoiled"):
+        _invoke(compare, names[0], spoiled)
+    with pytest.raises(InputError, match="no such file"):
+        _invoke(compare, names[0], tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize(("text", "limit"), [("20", 20.0), ("20ms", 20.0), ("0.5s", 500.0), ("250us", 0.25)])
+def test_a_latency_limit_has_a_unit(text: str, limit: float) -> None:
+    assert milliseconds_from(text, "--latency-limit") == pytest.approx(limit)
+
+
+@pytest.mark.parametrize("text", ["fast", "-1ms", "nan", "0", "3m"])
+def test_a_limit_that_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(click.UsageError, match="20ms"):
+        milliseconds_from(text, "--latency-limit")
 
 
 def test_the_model_is_given_once() -> None:

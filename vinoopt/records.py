@@ -422,8 +422,12 @@ class Measurement(Record):
     """Median latency of each interleaved round."""
     compile_ms: float | None = None
     first_inference_ms: float | None = None
+    cached_compile_ms: float | None = None
+    """With OpenVINO's model cache, filled before, in a fresh process."""
+    cached_first_inference_ms: float | None = None
     size_bytes: int | None = None
     peak_memory_bytes: int | None = None
+    """What a process of its own needed at most beyond Python and libraries; None where none was started."""
     source: str = ""
     """Which cost model or emulation said so, with its known error; empty where measured."""
     warnings: tuple[str, ...] = ()

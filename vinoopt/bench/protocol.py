@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -15,7 +16,8 @@ from pydantic import Field
 from vinoopt.bench.conditions import Watch, evidence_here, round_warnings
 from vinoopt.bench.contestants import Contestant, MeasureMode, Runner, Sample, open_runner
 from vinoopt.bench.intervals import LEAST_ROUNDS, compare
-from vinoopt.errors import InputError
+from vinoopt.bench.startup import StartUp, start_up
+from vinoopt.errors import InputError, ToolchainError
 from vinoopt.records import Comparison, Evidence, Measurement, Record
 
 MAX_PER_TURN = 20_000
@@ -39,6 +41,9 @@ class MeasureConfig(Record):
     warmup_ms: float = Field(default=100.0, ge=0)
     seconds: float | None = Field(default=None, gt=0)
     seed: int = 0
+    start_up: bool = False
+    """Whether every contestant is also opened in processes of its own, before the rounds and beyond `seconds`, for
+    its compile and first-inference times, cold and with the model cache, and its peak memory."""
 
 
 class Progress(Record):
@@ -76,6 +81,8 @@ class _Racer:
     runner: Runner
     samples: int
     first_ms: float = 0.0
+    start_up: StartUp | None = None
+    warnings: tuple[str, ...] = ()
     per_turn: int = 1
     rounds_ms: list[float] = field(default_factory=list)
     latencies_ms: list[float] = field(default_factory=list)
@@ -93,15 +100,18 @@ def measure(
     `samples` are real inputs; each request takes the next one, and in a given round all contestants start at
     the same. Latency mode runs one synchronous request at a time; a round's figure is its median in ms.
     Throughput mode keeps the device's optimal number of requests in flight; a round's figure is ms per
-    inference. Peak memory is left out: contestants share a process, so none of it can be told apart.
+    inference. Contestants share a process: what their start takes is told apart only with `start_up`.
     Raises `InputError` and its kin for contestants or samples that cannot be used, `DeviceError` where
     OpenVINO cannot compile or run one.
     """
     config = config or MeasureConfig()
     _check(contestants, samples)
+    starts = [_started(each, samples, config) for each in contestants]
     start = time.monotonic()
     watch = Watch()
     racers = [_ready(each, samples, config) for each in contestants]
+    for racer, (found, warnings) in zip(racers, starts, strict=True):
+        racer.start_up, racer.warnings = found, warnings
     rng = np.random.default_rng(config.seed)
     rounds_start = time.monotonic()
     with _without_garbage_collection():
@@ -138,6 +148,20 @@ def planned_rounds(config: MeasureConfig, pace_s: float, spent_s: float) -> int:
     if config.seconds is None:
         return config.rounds
     return max(int((config.seconds - spent_s) / pace_s), LEAST_ROUNDS)
+
+
+def _started(
+    contestant: Contestant, common: Sequence[Sample], config: MeasureConfig
+) -> tuple[StartUp | None, tuple[str, ...]]:
+    """The contestant's start-up where that is asked for, or why there is none."""
+    if not config.start_up:
+        return None, ()
+    samples = common if contestant.samples is None else contestant.samples
+    try:
+        return start_up(contestant, samples[0], mode=config.mode), ()
+    except ToolchainError as exc:
+        first = str(exc).splitlines()[0]
+        return None, (f"{contestant.name}: its start-up could not be measured: {first}",)
 
 
 def _ready(contestant: Contestant, common: Sequence[Sample], config: MeasureConfig) -> _Racer:
@@ -195,11 +219,17 @@ def _measurement(racer: _Racer, mode: MeasureMode, evidence: Evidence) -> Measur
         throughput_per_s=1000 / float(np.median(racer.rounds_ms)) if is_stream else None,
         samples=len(racer.latencies_ms),
         rounds_ms=tuple(racer.rounds_ms),
-        compile_ms=racer.runner.compile_ms,
-        first_inference_ms=racer.first_ms,
+        **_start_figures(racer),
         size_bytes=racer.runner.size_bytes,
-        warnings=round_warnings(racer.name, racer.rounds_ms),
+        warnings=(*racer.warnings, *round_warnings(racer.name, racer.rounds_ms)),
     )
+
+
+def _start_figures(racer: _Racer) -> dict[str, Any]:
+    """From processes of its own where there were some; else of this process, which has run OpenVINO before."""
+    if racer.start_up is not None:
+        return racer.start_up.model_dump()
+    return {"compile_ms": racer.runner.compile_ms, "first_inference_ms": racer.first_ms}
 
 
 @contextmanager

@@ -44,7 +44,9 @@ _OPTIONS = (
     click.option("--nthreads", "-nthreads", type=click.IntRange(1), help="INFERENCE_NUM_THREADS."),
     click.option("--infer-precision", "-infer_precision", help="INFERENCE_PRECISION_HINT of the model."),
     click.option("-t", "--seconds", type=click.FloatRange(min=0.1), default=15.0, show_default=True,
-                 help="Time for the whole measurement."),
+                 help="Time for all rounds."),
+    click.option("--start-up/--no-start-up", default=True, show_default=True,
+                 help="Open each model in fresh processes too: compile time cold and cached, peak memory."),
     click.option("--shape", "-shape", help='Input shapes, as "x[1,3,224,224]".'),
     click.option("-b", "--batch", type=click.IntRange(1), help="Batch size."),
     click.option("--data", help="Real inputs: npz, npy, or a folder. Without: golden or random inputs."),
@@ -93,8 +95,38 @@ def bench(
 @click.argument("candidate")
 @measuring_options
 def compare(reference: str, candidate: str, **options: Any) -> None:
-    """Say how much faster CANDIDATE is than REFERENCE: each a bundle, IR, ONNX file or blob."""
-    _run(candidate, (reference,), **options)
+    """Say how much faster CANDIDATE is than REFERENCE.
+
+    Each a bundle, IR, ONNX file or blob, which are measured side by side now; or two JSON records that `vinoopt bench
+    --json` wrote, of which the first contestants are compared.
+    """
+    if reference.endswith(".json") and candidate.endswith(".json"):
+        _compare_records(reference, candidate, fail_below=options["fail_below"], as_json=options["as_json"])
+    else:
+        _run(candidate, (reference,), **options)
+
+
+def _compare_records(reference: str, candidate: str, *, fail_below: float | None, as_json: bool) -> None:
+    from pathlib import Path
+
+    from vinoopt import serde
+    from vinoopt.bench import BenchRecord, compare_runs
+    from vinoopt.errors import InputError
+
+    records = []
+    for name in (reference, candidate):
+        if not Path(name).is_file():
+            raise InputError(f"{name}: no such file")
+        records.append(serde.from_json(BenchRecord, Path(name).read_text(encoding="utf-8"), where=name))
+    found = compare_runs(*records, names=(reference, candidate))
+    for warning in found.warnings:
+        click.echo(warning, err=True)
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+    else:
+        through = f", relative to {', '.join(found.through)} of each run" if found.through else ""
+        click.echo(f"{sentence(found.comparison)}{through}")
+    _end([found.comparison], fail_below)
 
 
 def _run(
@@ -103,11 +135,11 @@ def _run(
     from vinoopt.fleet import measure_job
 
     lineup, (job,) = _jobs(model, against, (None,), **options)
-    result = measure_job(job).result
-    comparisons = comparisons_of(result)
+    measured = measure_job(job)
+    result, comparisons = measured.result, comparisons_of(measured.result)
     for message in (*lineup.messages, *result.warnings):
         click.echo(message, err=True)
-    click.echo(to_json(result, comparisons) if as_json else to_text(result, comparisons))
+    click.echo(to_json(measured) if as_json else to_text(result, comparisons))
     _end(comparisons, fail_below)
 
 
@@ -136,7 +168,14 @@ def _run_on_fleet(
 
 
 def _jobs(
-    model: str, against: tuple[str, ...], places: Sequence[str | None], *, seconds: float, hint: str, **options: Any
+    model: str,
+    against: tuple[str, ...],
+    places: Sequence[str | None],
+    *,
+    seconds: float,
+    hint: str,
+    start_up: bool,
+    **options: Any,
 ) -> tuple[Lineup, list[Job]]:
     """The line-up, and a job of it for each place."""
     from vinoopt.bench import MeasureConfig, MeasureMode
@@ -151,7 +190,7 @@ def _jobs(
             name=f"{name} on {place or options['device']}",
             contestants=lineup.contestants,
             samples=lineup.samples,
-            config=MeasureConfig(mode=mode, seconds=seconds),
+            config=MeasureConfig(mode=mode, seconds=seconds, start_up=start_up),
             profile=place,
         )
         for place in dict.fromkeys(places)
@@ -228,21 +267,17 @@ def _is_slow(comparison: Comparison, fail_below: float | None) -> bool:
     return fail_below is not None and comparison.is_significant and comparison.speedup < fail_below
 
 
-def to_json(result: BenchResult, comparisons: list[Comparison]) -> str:
-    """The result and its comparisons as one JSON object."""
-    import json
+def to_json(measured: Measured) -> str:
+    """The run as the record that `vinoopt compare` reads."""
+    from vinoopt.bench import BenchRecord
 
-    whole = json.loads(result.model_dump_json())
-    return json.dumps(
-        {**whole, "comparisons": [each.model_dump(mode="json") for each in comparisons]}, indent=2
-    )
+    return BenchRecord.of(measured.result, measured.host).model_dump_json(indent=2)
 
 
 def to_text(result: BenchResult, comparisons: list[Comparison]) -> str:
     """A table of measurements and a sentence per comparison."""
-    header = ("", "p50 ms", "p90 ms", "p99 ms", "per s", "compile ms", "first ms", "weights kB")
-    rows = [header, *(_row(each) for each in result.measurements)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    rows = [_COLUMNS, *(_row(each) for each in result.measurements)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = [
         "  ".join(
             cell.ljust(w) if not i else cell.rjust(w)
@@ -266,15 +301,23 @@ def sentence(comparison: Comparison) -> str:
     return f"{c.candidate} is {c.speedup:.3f}x as fast as {c.reference} ({interval}, {c.evidence})"
 
 
+_COLUMNS = (
+    "", "p50 ms", "p90 ms", "p99 ms", "per s",
+    "compile ms", "(cached)", "first ms", "(cached)", "peak MB", "weights kB",
+)  # fmt: skip
+
+
 def _row(m: Measurement) -> tuple[str, ...]:
-    kilobytes = None if m.size_bytes is None else m.size_bytes / 1000
     figures = (
         m.latency_p50_ms,
         m.latency_p90_ms,
         m.latency_p99_ms,
         m.throughput_per_s,
         m.compile_ms,
+        m.cached_compile_ms,
         m.first_inference_ms,
-        kilobytes,
+        m.cached_first_inference_ms,
+        None if m.peak_memory_bytes is None else m.peak_memory_bytes / 1e6,
+        None if m.size_bytes is None else m.size_bytes / 1000,
     )
     return (m.name, *("-" if value is None else f"{value:.4g}" for value in figures))

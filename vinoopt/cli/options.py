@@ -98,6 +98,19 @@ def seconds_from(text: str | None) -> float | None:
     return seconds
 
 
+def milliseconds_from(text: str, flag: str) -> float:
+    """`20`, `20ms`, `0.02s`, `20000us` as milliseconds."""
+    word = text.strip().lower()
+    unit = next((each for each in ("ms", "us", "s") if word.endswith(each)), "")
+    try:
+        found = float(word.removesuffix(unit)) * {"": 1.0, "ms": 1.0, "us": 1e-3, "s": 1e3}[unit]
+    except ValueError:
+        found = -1.0
+    if not 0 < found < math.inf:
+        raise click.UsageError(f'{flag} "{text}" is not a time; write 20ms, or 20 for milliseconds')
+    return found
+
+
 def _numbers(text: str, flag: str) -> tuple[float, ...]:
     try:
         return tuple(float(word) for word in text.strip("[]() ").split(","))

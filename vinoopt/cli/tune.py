@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vinoopt.cli.options import preprocess_from, preprocess_options
+from vinoopt.cli.options import milliseconds_from, preprocess_from, preprocess_options
 
 if TYPE_CHECKING:
     from vinoopt.tuning import SettingTrial, TuneResult
@@ -22,10 +22,9 @@ _GOALS = {"latency": "latency", "throughput": "throughput", "tput": "throughput"
 @click.option("--goal", "--hint", type=click.Choice(list(_GOALS)), default="latency", show_default=True)
 @click.option(
     "--latency-limit",
-    "latency_limit_ms",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="MS",
-    help="For throughput: the 90th percentile of latency that a setting may have.",
+    "latency_limit",
+    metavar="TIME",
+    help="For throughput: the 90th percentile of latency that a setting may have, as 20ms.",
 )
 @click.option("-t", "--seconds", type=click.FloatRange(min=1), help="When to stop trying further settings.")
 @click.option("--min-cosine", type=float, default=0.999, show_default=True, help="Of outputs against f32.")
@@ -50,10 +49,12 @@ def tune(model: str | None, model_option: str | None, **options: Any) -> None:
         raise click.UsageError("give the model once: as MODEL, or with -m")
     from vinoopt import tuning
 
+    limit = options["latency_limit"]
+    limit_ms = None if limit is None else milliseconds_from(limit, "--latency-limit")
     task, base, messages = _task(model or model_option or "", **options)
     config = tuning.TuneConfig(
         goal=tuning.Goal(_GOALS[options["goal"]]),
-        latency_limit_ms=options["latency_limit_ms"],
+        latency_limit_ms=limit_ms,
         base=base,
         min_cosine=options["min_cosine"],
         min_agreement=options["min_agreement"],

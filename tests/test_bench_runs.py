@@ -1,0 +1,141 @@
+"""What a start costs in processes of its own, and how two separate runs compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from openvino import opset13 as ops
+
+from vinoopt import serde
+from vinoopt.bench import (
+    BenchRecord,
+    Contestant,
+    Engine,
+    MeasureConfig,
+    MeasureMode,
+    Sample,
+    compare_runs,
+    measure,
+    start_up,
+)
+from vinoopt.demo import demo_files
+from vinoopt.errors import InputError
+from vinoopt.hardware.detect import fingerprint
+from vinoopt.records import Evidence, HostFingerprint, Measurement
+
+SIDE = 1024
+
+
+@pytest.fixture(scope="module")
+def host() -> HostFingerprint:
+    return fingerprint()
+
+
+def wide() -> ov.Model:
+    """A product with 4 MB of weights, so that they show in the memory."""
+    x = ops.parameter([1, SIDE], np.float32, name="x")
+    x.output(0).tensor.set_names({"x"})
+    weights = np.random.default_rng(0).normal(size=(SIDE, SIDE)).astype(np.float32)
+    return ov.Model([ops.relu(ops.matmul(x, weights, False, False))], [x], "wide")
+
+
+SAMPLE: Sample = {"x": np.ones((1, SIDE), np.float32)}
+
+
+# --------------------------------------------------------------------------- start-up
+
+
+def test_a_start_is_measured_cold_and_with_the_cache() -> None:
+    found = start_up(Contestant(name="wide", model=wide()), SAMPLE, mode=MeasureMode.LATENCY)
+    assert found is not None
+    assert found.compile_ms > 0
+    assert found.first_inference_ms > 0
+    assert found.cached_compile_ms is not None
+    assert found.cached_compile_ms > 0
+    assert 4 * SIDE * SIDE < found.peak_memory_bytes < 500e6
+
+
+def test_a_blob_and_another_engine_have_no_model_cache(tmp_path: Path) -> None:
+    blob = tmp_path / "wide.blob"
+    blob.write_bytes(ov.Core().compile_model(wide(), "CPU").export_model().getvalue())
+    imported = start_up(Contestant(name="blob", model=blob), SAMPLE, mode=MeasureMode.LATENCY)
+    assert imported is not None
+    assert imported.cached_compile_ms is None
+    with np.load(demo_files().data) as arrays:
+        digit = arrays["images"][:1].reshape(1, 1, 32, 32).astype(np.float32)
+    other = Contestant(name="ort", model=demo_files().model, engine=Engine.ONNXRUNTIME)
+    started = start_up(other, {"images": digit}, mode=MeasureMode.LATENCY)
+    assert started is not None
+    assert started.cached_compile_ms is None
+    assert started.peak_memory_bytes > 0
+
+
+def test_what_is_compiled_already_has_no_start() -> None:
+    compiled = ov.Core().compile_model(wide(), "CPU")
+    assert start_up(Contestant(name="c", model=compiled), SAMPLE, mode=MeasureMode.LATENCY) is None
+
+
+def test_the_start_reaches_the_measurement() -> None:
+    config = MeasureConfig(rounds=5, min_round_ms=0.5, warmup_ms=1, start_up=True)
+    each = measure([Contestant(name="wide", model=wide())], [SAMPLE], config=config).of("wide")
+    assert each.peak_memory_bytes
+    assert each.cached_compile_ms
+
+
+# --------------------------------------------------------------------------- two runs
+
+
+def measured(name: str, centre_ms: float, seed: int) -> Measurement:
+    times = centre_ms * np.exp(np.random.default_rng(seed).normal(0, 0.01, 30))
+    return Measurement(
+        name=name,
+        device="CPU",
+        evidence=Evidence.MEASURED,
+        latency_p50_ms=centre_ms,
+        rounds_ms=tuple(map(float, times)),
+    )
+
+
+def record(host: HostFingerprint, *pairs: tuple[str, float], seed: int = 0) -> BenchRecord:
+    found = tuple(measured(name, ms, seed + n) for n, (name, ms) in enumerate(pairs))
+    return BenchRecord(host=host, mode=MeasureMode.LATENCY, measurements=found)
+
+
+def test_a_slower_moment_falls_out_where_the_runs_share_a_contestant(host: HostFingerprint) -> None:
+    before = record(host, ("new", 2.0), ("fp32", 4.0))
+    after = record(host, ("new", 3.0), ("fp32", 6.0), seed=10)  # everything took half as long again
+    found = compare_runs(before, after)
+    assert found.through == ("fp32",)
+    assert not found.comparison.is_significant
+    assert found.comparison.speedup == pytest.approx(1.0, abs=0.02)
+    faster = compare_runs(before, record(host, ("new", 2.0), ("fp32", 6.0), seed=20)).comparison
+    assert faster.is_significant
+    assert faster.speedup == pytest.approx(1.5, abs=0.03)
+    assert faster.low < 1.5 < faster.high
+
+
+def test_times_alone_are_compared_with_the_spread_between_runs(host: HostFingerprint) -> None:
+    before = record(host, ("it", 1.0))
+    near = compare_runs(before, record(host, ("it", 1.04), seed=5))
+    assert not near.comparison.is_significant
+    assert any("share no contestant" in warning for warning in near.warnings)
+    assert compare_runs(before, record(host, ("it", 1.3), seed=5)).comparison.is_significant
+
+
+def test_other_machines_are_told_and_other_modes_refused(host: HostFingerprint) -> None:
+    before, after = record(host, ("it", 1.0)), record(serde.replace(host, cpu="Another"), ("it", 1.0))
+    assert any("different machines" in warning for warning in compare_runs(before, after).warnings)
+    with pytest.raises(InputError, match="measure both alike"):
+        compare_runs(before, serde.replace(after, mode=MeasureMode.THROUGHPUT))
+
+
+def test_a_record_survives_its_file(host: HostFingerprint) -> None:
+    config = MeasureConfig(rounds=5, min_round_ms=0.5, warmup_ms=1)
+    contestants = [Contestant(name=name, model=wide()) for name in ("one", "other")]
+    written = BenchRecord.of(measure(contestants, [SAMPLE], config=config), host)
+    again = serde.from_json(BenchRecord, written.model_dump_json(), where="here")
+    assert again == written
+    assert (again.comparisons[0].reference, again.comparisons[0].candidate) == ("other", "one")
