@@ -26,19 +26,15 @@ _ABSENT: dict[Device, Callable[..., Any]] = {
     Device.NPU: NpuYardstick,
 }
 
-_FINAL_SECONDS = {"fast": 1.5, "balanced": 4.0, "thorough": 8.0}
-"""Per contestant of a final comparison, by effort."""
-
-
 def yardstick_for(
     target: Target,
     spec: DeviceSpec,
     *,
     reference: ov.Model,
     samples: Sequence[Sample],
-    effort: str = "balanced",
+    seconds: float = 4.0,
 ) -> TargetYardstick:
-    """How candidates are timed and run for a target.
+    """How candidates are timed and run for a target; `seconds` are for each contestant of a final comparison.
 
     Only the profile `host` is this machine: a device of the same kind here is not the product that another
     profile names. Raises `TargetError` where OpenVINO does not list the host's device, or a profile lacks the
@@ -47,11 +43,12 @@ def yardstick_for(
     """
     if target.profile != HOST:
         yardstick = _ABSENT[spec.kind](target=target, spec=spec, reference=reference, samples=samples)
+        if isinstance(yardstick, EmulatedCpuYardstick):
+            yardstick.seconds_each = seconds
         yardstick.require()
         found: TargetYardstick = yardstick
         return found
     availability = HostToolchain().probe(spec)
     if not availability.ok:
         raise TargetError(f'target "{target}": {availability.reason}; {availability.fix}')
-    seconds = _FINAL_SECONDS[effort]
     return HostYardstick(target=target, spec=spec, reference=reference, samples=samples, seconds=seconds)

@@ -23,8 +23,9 @@ from vinoopt.compiler import yardstick_for
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.judge import Judge, Shared
 from vinoopt.compression.scope import resolve_ignored
-from vinoopt.compression.search import ROUNDS, SearchOptions, SearchResult, search
+from vinoopt.compression.search import ROUNDS, SearchOptions, search
 from vinoopt.errors import DataError, DeviceError, InputError, MetricError
+from vinoopt.forecast import Forecast
 from vinoopt.frontend.normalize import SourceModel, load_model, require_static
 from vinoopt.frontend.parity import check_parity
 from vinoopt.hardware.detect import fingerprint
@@ -49,6 +50,7 @@ from vinoopt.records import (
     TargetResult,
     Trial,
 )
+from vinoopt.schedule import TUNING_S, Deadlines, Facts, announce, divide, final_seconds
 from vinoopt.selection import Choice, TestPart, choose, trial_line
 from vinoopt.store import Store
 from vinoopt.toolchains.host import compile_here
@@ -62,8 +64,11 @@ Array = np.ndarray[Any, Any]
 GOLDEN_SAMPLES = 4
 PARITY_SAMPLES = 4
 MEASURED_SAMPLES = 16
-TUNING_SECONDS = 15.0
-"""For the heats of runtime settings."""
+_LEAST_TUNING_S = 4.0
+"""Below this, tuning is left out."""
+_CONTRACTIONS = frozenset(
+    {"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul", "LSTMSequence", "GRUSequence"}
+)
 HELD_BYTES = 512 << 20
 """Of each part of the data that may be held in memory."""
 
@@ -83,6 +88,8 @@ class Material:
     messages: tuple[str, ...]
     """What the user should know about model and data."""
     say: Listener
+    forecast: Forecast
+    facts: Facts
 
 
 def compile(
@@ -125,13 +132,21 @@ def compile(
 
     `tune` races OpenVINO's runtime properties on devices of this machine (not with effort `fast`).
 
+    `time_limit_s` holds for the whole run. What must follow the search is reserved for: the judgement on the test
+    part, the final comparison (shorter under a short limit), writing. Reading model and data and running the
+    float model on the search and test parts come before it and are not cut short; a search keeps a quarter of
+    the limit in any case. So a limit below about twice those stages is overrun. What the search has when its
+    time is up is used, at the least the float model.
+
     An interrupt (Ctrl-C) during the search or the tuning keeps the best so far and still writes the bundle;
-    `bundle.manifest.interrupted` is then set. Raises the classes of `vinoopt.errors`: `ModelError`,
-    `ShapeError`, `DataError`, `MetricError`, `TargetError`, `BundleError` for what was handed in, before any
-    long work.
+    `bundle.manifest.interrupted` is then set. At any other stage it passes through, and nothing is written.
+
+    Raises the classes of `vinoopt.errors`: `ModelError`, `ShapeError`, `DataError`, `MetricError`, `TargetError`,
+    `BundleError` for what was handed in, before any long work.
     """
     started = time.monotonic()
-    say = on_event or (lambda event: None)
+    forecast = Forecast()
+    say = _with_forecast(on_event, forecast)
     place = Path(output) if output is not None else Path(f"{Path(model).stem}.vinoopt")
     request = _request(
         model=str(model),
@@ -159,12 +174,32 @@ def compile(
     )
     bundles.check_output(place, force=force)
     handed = Handed(data, labels, calibration_data, test_data, test_labels, metric)
-    material, choices = _search_all(request, handed, started=started, resume=resume, say=say)
-    if tune and effort != "fast":
-        deadline = None if time_limit_s is None else started + time_limit_s
-        choices = _all_tuned(material, choices, deadline)
+    is_tuned = tune and effort != "fast"
+    material, choices = _search_all(
+        request, handed, clock=Clock(started=started, forecast=forecast, is_tuned=is_tuned), resume=resume, say=say
+    )
+    if is_tuned:
+        with forecast.stage("tune"):
+            choices = _all_tuned(material, choices, _deadlines(material, started, targets=1))
     say(Event(stage="write", message=f"writing {place}"))
-    return _write(material, choices, place, started=started)
+    with forecast.stage("write"):
+        return _write(material, choices, place, started=started)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clock:
+    """When a run began, and what is told about its end."""
+
+    started: float
+    forecast: Forecast
+    is_tuned: bool
+
+
+def _with_forecast(listener: Listener | None, forecast: Forecast) -> Listener:
+    """Hands events on with the seconds that are left."""
+    if listener is None:
+        return lambda event: None
+    return lambda event: listener(event.model_copy(update={"remaining_s": forecast.remaining_s()}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,8 +243,9 @@ def compress(
         **options,
     )
     handed = Handed(data, labels, parts[0], parts[1], parts[2], metric)
-    say = on_event or (lambda event: None)
-    _, (choice,) = _search_all(request, handed, started=time.monotonic(), resume=False, say=say)
+    clock = Clock(started=time.monotonic(), forecast=Forecast(), is_tuned=False)
+    say = _with_forecast(on_event, clock.forecast)
+    _, (choice,) = _search_all(request, handed, clock=clock, resume=False, say=say)
     return Compressed(
         model=choice.model,
         plan=choice.plan,
@@ -232,7 +268,7 @@ class Handed:
 
 
 def _search_all(
-    request: CompileRequest, handed: Handed, *, started: float, resume: bool, say: Listener
+    request: CompileRequest, handed: Handed, *, clock: Clock, resume: bool, say: Listener
 ) -> tuple[Material, list[Choice]]:
     """What all targets share, and the choice for each of them."""
     if request.effort not in ROUNDS:
@@ -259,30 +295,79 @@ def _search_all(
 
     yardsticks = _yardsticks(request, devices, source, splits)
     say(Event(stage="search", message="float model on the search and test parts"))
-    references = [_reference(source, part) for part in (splits.search, splits.test)]
-    for part, reference, title in zip((splits.search, splits.test), references, ("search", "test"), strict=True):
+    before = time.monotonic()
+    search_reference = _reference(source, splits.search)
+    between = time.monotonic()
+    test_reference = _reference(source, splits.test)
+    pace = (between - before, time.monotonic() - between)
+    for part, reference, title in (
+        (splits.search, search_reference, "search"),
+        (splits.test, test_reference, "test"),
+    ):
         _check_reference(metric, part, reference, request.budget, title)
     material = Material(
         request=request,
         source=source,
         splits=splits,
         metric=metric,
-        search_reference=references[0],
-        test_reference=references[1],
+        search_reference=search_reference,
+        test_reference=test_reference,
         store=_store(request, source, splits),
         shared=Shared(),
         messages=tuple(messages),
         say=say,
+        forecast=clock.forecast,
+        facts=_facts(request, source, splits, yardsticks[0], pace=pace, is_tuned=clock.is_tuned),
     )
-    deadline = None if request.time_limit_s is None else started + request.time_limit_s
+    announce(clock.forecast, material.facts, targets=len(yardsticks))
     choices: list[Choice] = []
     for number, yardstick in enumerate(yardsticks):
-        share = _share_of(deadline, len(yardsticks) - number)
-        options = _search_options(material, yardstick.spec, ignored, share)
+        deadlines = _deadlines(material, clock.started, targets=len(yardsticks) - number)
+        options = _search_options(material, yardstick.spec, ignored, None if deadlines is None else deadlines.search)
         if any(choice.interrupted for choice in choices):
             options = replace(options, quantize=False, prune=False)
+        if number:
+            announce(clock.forecast, material.facts, targets=len(yardsticks) - number)
         choices.append(_choose_for(material, yardstick, options=options, resume=resume))
     return material, choices
+
+
+def _facts(
+    request: CompileRequest,
+    source: SourceModel,
+    splits: Splits,
+    yardstick: TargetYardstick,
+    *,
+    pace: tuple[float, float],
+    is_tuned: bool,
+) -> Facts:
+    """What a run is expected to take hangs on; `pace` is what the search and the test part took in float."""
+    sizes = (len(splits.search), len(splits.test))
+    sample_s = min(seconds / max(size, 1) for seconds, size in zip(pace, sizes, strict=True))
+    return Facts(
+        sample_s=sample_s,
+        overhead_s=max(min(pace) - min(sizes) * sample_s, 0.0) + 0.2,
+        search=sizes[0],
+        test=sizes[1],
+        calibration=min(len(splits.calibration), request.subset_size),
+        layers=sum(node.get_type_name() in _CONTRACTIONS for node in source.model.get_ops()),
+        formats=len(yardstick.float_precisions),
+        effort=request.effort,
+        quantize=request.quantize and not source.quantized,
+        prune=request.prune and not source.quantized,
+        is_tuned=is_tuned,
+        final_s=final_seconds(request.effort, request.time_limit_s),
+    )
+
+
+def _deadlines(material: Material, started: float, *, targets: int) -> Deadlines | None:
+    """When the search of the next of so many targets must end, and when tuning must; None without a time limit."""
+    limit = material.request.time_limit_s
+    if limit is None:
+        return None
+    found = divide(material.facts, now=time.monotonic(), end=started + limit, limit_s=limit, targets=targets)
+    material.forecast.deadline = found.search if targets == 1 else None
+    return found
 
 
 # --------------------------------------------------------------------------- what is handed in
@@ -325,7 +410,13 @@ def _yardsticks(
     """One per target, all made before the first search, so that what is missing is told before any long work."""
     samples = [splits.test[i] for i in range(min(MEASURED_SAMPLES, len(splits.test)))]
     return [
-        yardstick_for(target, spec, reference=source.model, samples=samples, effort=request.effort)
+        yardstick_for(
+            target,
+            spec,
+            reference=source.model,
+            samples=samples,
+            seconds=final_seconds(request.effort, request.time_limit_s),
+        )
         for target, spec in zip(request.targets, devices, strict=True)
     ]
 
@@ -455,14 +546,6 @@ def _search_options(
     )
 
 
-def _share_of(deadline: float | None, targets: int) -> float | None:
-    """When the next of so many targets must be done, each having an equal part of what time is left."""
-    if deadline is None:
-        return None
-    now = time.monotonic()
-    return now + max(deadline - now, 0.0) / targets
-
-
 # --------------------------------------------------------------------------- one target
 
 
@@ -489,6 +572,7 @@ def _choose_for(
         shared=material.shared,
         spec=yardstick.spec,
         on_trial=lambda trial: material.say(Event(stage="trial", message=trial_line(trial))),
+        forecast=material.forecast,
     )
     if resume:
         taken = judge.resume()
@@ -499,38 +583,39 @@ def _choose_for(
     def say(text: str) -> None:
         material.say(Event(stage="search", message=f"{target}: {text}"))
 
-    interrupted = False
-    try:
-        found = search(judge, options, say=say)
-    except KeyboardInterrupt:
-        interrupted = True
-        say("interrupted: going on with the best candidate so far")
-        found = SearchResult(trials=tuple(judge.trials), damages={}, gains_us={}, reasons=("interrupted",))
-    choice = choose(
-        judge, yardstick, found, TestPart(data=splits.test, reference=material.test_reference), say=say
-    )
-    return replace(choice, interrupted=interrupted)
+    found = search(judge, options, say=say)
+    test = TestPart(data=splits.test, reference=material.test_reference)
+    with material.forecast.stage("choose"):
+        choice = choose(judge, yardstick, found, test, say=say)
+    return replace(choice, interrupted=found.is_interrupted)
 
 
 def _all_tuned(
-    material: Material, choices: Sequence[Choice], deadline: float | None
+    material: Material, choices: Sequence[Choice], deadlines: Deadlines | None
 ) -> list[Choice]:
     """The choices with tuned properties; an interrupt leaves them as they are from there on."""
     tuned = list(choices)
     try:
         for place, choice in enumerate(choices):
-            tuned[place] = _tuned(material, choice, deadline)
+            left = TUNING_S if deadlines is None else (deadlines.tuning - time.monotonic()) / (len(choices) - place)
+            tuned[place] = _tuned(material, choice, min(left / 2, TUNING_S) if deadlines else TUNING_S)
     except KeyboardInterrupt:
         material.say(Event(stage="tune", message="interrupted: the bundle is written with what is known"))
         tuned[place] = replace(choices[place], interrupted=True)
     return tuned
 
 
-def _tuned(material: Material, choice: Choice, deadline: float | None) -> Choice:
-    """The choice with properties that beat the latency hint beyond noise, where the device is here."""
-    yardstick, late = choice.yardstick, deadline is not None and time.monotonic() > deadline
-    if choice.interrupted or late or not isinstance(yardstick, HostYardstick):
+def _tuned(material: Material, choice: Choice, seconds: float) -> Choice:
+    """The choice with properties that beat the latency hint beyond noise, where the device is here.
+
+    `seconds` are for the heats; the final and the duel take about as much again.
+    """
+    yardstick = choice.yardstick
+    if choice.interrupted or not isinstance(yardstick, HostYardstick):
         return choice
+    if seconds < _LEAST_TUNING_S:
+        words = "runtime settings beyond the latency hint were not tried: the time limit left no time for it"
+        return replace(choice, reasons=(*choice.reasons, words))
     material.say(Event(stage="tune", message=f"{yardstick.target}: runtime properties"))
     base = {k: v for k, v in choice.properties.items if k != "PERFORMANCE_HINT"}  # precision stays the plan's
     result = tune_properties(
@@ -540,7 +625,7 @@ def _tuned(material: Material, choice: Choice, deadline: float | None) -> Choice
             device=yardstick.spec.kind.value,
             spec=yardstick.spec,
         ),
-        config=TuneConfig(base=RuntimeProperties.of(base), seconds=TUNING_SECONDS, seed=material.request.seed),
+        config=TuneConfig(base=RuntimeProperties.of(base), seconds=seconds, seed=material.request.seed),
     )
     tried = len(result.trials)
     if result.is_default or result.comparison is None:
@@ -594,6 +679,7 @@ def _write(
             seconds=time.monotonic() - started,
             peak_memory_bytes=_peak_memory_bytes(),
             messages=material.messages,
+            stages_s=dict(material.forecast.took),
         )
         trials = [trial for choice in choices for trial in choice.trials]
         manifest = bundles.write_documents(folder, manifest, trials)
@@ -619,6 +705,7 @@ def _result(choice: Choice, build: Build) -> TargetResult:
         properties=build.properties,
         build=build,
         reasons=choice.reasons,
+        float_blocks=choice.float_blocks,
     )
 
 

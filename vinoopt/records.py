@@ -87,6 +87,8 @@ class TrialState(Word):
     COMPLETE = "complete"
     OVER_BUDGET = "over_budget"
     FAILED = "failed"
+    SLOWER = "slower"
+    """Timed, and not judged: not faster than a candidate that was inside the budget already."""
 
 
 class Verdict(Word):
@@ -324,6 +326,22 @@ class WeightCompressionPlan(Record):
     float_layers: tuple[str, ...] = ()
 
 
+class DistillationPlan(Record):
+    """How a compressed model is trained towards the float model's outputs, without labels."""
+
+    runs: tuple[int, ...]
+    """Steps of each run; a run begins where the one before it ended."""
+    batch: int = Field(default=64, ge=1)
+    """Samples per step."""
+    peak_rate: float = Field(default=0.01, gt=0)
+    """Largest change of a weight per step, relative to the size of its tensor."""
+    inner_weight: float = Field(default=1.0, ge=0)
+    """Of the errors where residual branches join, beside those of the outputs; 0: outputs only."""
+    augments: bool = True
+    """Whether images are mirrored, shifted and mixed."""
+    seed: int = 0
+
+
 class CompressionPlan(Record):
     """One point of the joint search: widths, precisions, and the float format for what is not quantized."""
 
@@ -538,6 +556,10 @@ class Trial(Record):
     accuracy: Accuracy | None = None
     drop: float | None = None
     """On the search part, in the budget's drop type."""
+    drop_high: float | None = None
+    """Upper end of its 95% interval."""
+    expected_drop: float | None = None
+    """What it is expected to be on other samples, given how few these are; decides about the state."""
     latency: Measurement | None = None
     seconds: float = 0.0
     error: str = ""
@@ -552,6 +574,8 @@ class Event(Record):
     message: str = ""
     done: int = 0
     total: int = 0
+    remaining_s: float | None = None
+    """Until the whole run is done, as far as it can be told; None: it cannot be yet."""
 
 
 class CompileRequest(Record):
@@ -582,6 +606,17 @@ class CompileRequest(Record):
     """Whether `module:attribute` data and metrics may be imported, which runs code."""
 
 
+class BlockChoice(Record):
+    """Why one block of the result computes in float although others are INT8."""
+
+    name: str
+    reason: str
+    damage: float | None = None
+    """Output damage of this block alone in INT8, where it was measured."""
+    gain_us: float | None = None
+    """Microseconds that INT8 saves in its own kernels on the target; negative where it costs."""
+
+
 class TargetResult(Record):
     """What came out for one target."""
 
@@ -596,6 +631,8 @@ class TargetResult(Record):
     build: Build
     reasons: tuple[str, ...] = ()
     """Plain sentences: why this candidate, why not another."""
+    float_blocks: tuple[BlockChoice, ...] = ()
+    """The blocks that stay in float in an INT8 model, each with its reason."""
 
 
 class Manifest(Record):
@@ -614,6 +651,8 @@ class Manifest(Record):
     interrupted: bool = False
     """Whether the search was cut short by the user."""
     seconds: float
+    stages_s: dict[str, float] = Field(default_factory=dict)
+    """Stage -> what it took; of several targets the last one's."""
     peak_memory_bytes: int | None = None
     messages: tuple[str, ...] = ()
     files: dict[str, str] = Field(default_factory=dict)

@@ -151,7 +151,8 @@ def _kilobytes(measurement: Measurement) -> str:
 # --------------------------------------------------------------------------- the page
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 320, 48
-_COLOURS = {TrialState.COMPLETE: "#0068b5", TrialState.OVER_BUDGET: "#c0504d", TrialState.FAILED: "#999999"}
+_COLOURS = {TrialState.COMPLETE: "#0068b5", TrialState.OVER_BUDGET: "#c0504d", TrialState.FAILED: "#999999",
+            TrialState.SLOWER: "#999999"}  # fmt: skip
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:.5rem 0}td,th{padding:.15rem .8rem .15rem 0;text-align:left}
@@ -196,10 +197,16 @@ def _target_section(result: TargetResult, trials: Sequence[Trial]) -> Iterator[s
     yield _html_table(("contestant", "p50 ms", "p90 ms", "weights kB", "evidence"), rows)
     lines = [*map(comparison_line, result.comparisons), *result.reasons, *build_lines(result.build)]
     yield "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
+    if result.float_blocks:
+        yield "<h3>Blocks that stay float</h3>"
+        yield _html_table(
+            ("block", "why", "damage in INT8", "saved by INT8, us"),
+            [(b.name, b.reason, _number(b.damage), _number(b.gain_us)) for b in result.float_blocks],
+        )
     yield _scatter(trials, result)
     yield "<h3>Trials</h3>"
     yield _html_table(
-        ("#", "plan", "what", "state", "drop (search part)", "ms"),
+        ("#", "plan", "what", "state", "drop (search part)", "expected", "ms"),
         [
             (
                 str(t.number),
@@ -207,6 +214,7 @@ def _target_section(result: TargetResult, trials: Sequence[Trial]) -> Iterator[s
                 t.note,
                 t.state.value.replace("_", " "),
                 "" if t.drop is None else f"{t.drop:+.4f}",
+                "" if t.expected_drop is None else f"{t.expected_drop:+.4f}",
                 t.error if t.latency is None else _ms(t.latency),
             )
             for t in trials

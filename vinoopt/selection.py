@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import openvino as ov
@@ -13,6 +14,7 @@ from vinoopt.accuracy.evaluate import Predictions, Scores, paired_drop, score, s
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.search import SearchResult
 from vinoopt.records import (
+    BlockChoice,
     Comparison,
     CompressionPlan,
     Drop,
@@ -26,7 +28,10 @@ from vinoopt.yardsticks import SideBySide, TargetYardstick, runtime_properties
 FLOAT, PLAIN_INT8, CHOSEN = "float", "plain INT8", "vinoopt"
 """Names of the contestants in the final measurement."""
 _SHORTLIST = 4
-"""Candidates that are timed again together."""
+"""Candidates that are timed again together, and that the test part is asked about without remark: among many, one
+is inside the budget there by chance."""
+_NAMED = 3
+"""Float blocks that are named in one sentence."""
 _SMALLER = 0.98
 """A candidate as fast as plain INT8 stays the result only if its weights are smaller than this share of it."""
 
@@ -52,6 +57,7 @@ class Choice:
     bench: SideBySide
     comparisons: tuple[Comparison, ...]
     reasons: tuple[str, ...]
+    float_blocks: tuple[BlockChoice, ...] = ()
     trials: tuple[Trial, ...]
     interrupted: bool = False
     properties: RuntimeProperties
@@ -86,6 +92,7 @@ def choose(
     drop = run.drop_of(plan)
     name = run.name_of(plan)
     others = [m.name for m in bench.measurements if m.name != name]
+    floats = float_blocks(plan, found, ignored=judge.workshop.ignored)
     return Choice(
         yardstick=run.yardstick,
         plan=plan,
@@ -94,7 +101,8 @@ def choose(
         budget_met=plan != run.float_plan or run.is_float_by_right(),
         bench=bench,
         comparisons=tuple(bench.compare(other, name) for other in others),
-        reasons=(sentence(drop, judge.budget), *yardstick.notes, *run.reasons),
+        reasons=(sentence(drop, judge.budget), *yardstick.notes, *run.reasons, *_words_about(floats)),
+        float_blocks=floats,
         trials=found.trials,
         properties=runtime_properties(plan, yardstick.spec.kind),
     )
@@ -150,18 +158,27 @@ class _Selection:
 
     def first_inside(self) -> CompressionPlan:
         """The fastest candidate that is not outside the budget on the test part; at last the float model."""
+        refused: list[Trial] = []
+        found = self.float_plan
         for trial in self.ranked():
             if trial.plan == self.float_plan:
                 break
             self.say(f"{trial.plan.title} on the test part")
             drop = self.drop_of(trial.plan)
             if drop.verdict is not Verdict.OUTSIDE:
-                return trial.plan
+                found = trial.plan
+                break
+            refused.append(trial)
             self.reasons.append(
-                f"{trial.plan.title} was inside the budget on the search part (drop {trial.drop:+.4f}) but not on "
-                f"the test part ({drop.value:+.4f}): stepped back along the frontier"
+                f"{trial.plan.title} was let through on the search part ({_drop_words(trial)}) but not on the test "
+                f"part (drop {drop.value:+.4f}): stepped back along the frontier"
             )
-        return self.float_plan
+        if len(refused) >= _SHORTLIST:
+            self.reasons.append(
+                f"{len(refused) + 1} candidates were tried on the test part, more than {_SHORTLIST}: one of so many "
+                "may be inside the budget there by chance; give more --test-data to be sure"
+            )
+        return found
 
     def drop_of(self, plan: CompressionPlan) -> Drop:
         """The plan's drop on the test part."""
@@ -226,10 +243,53 @@ class _Selection:
 
     def is_float_by_right(self) -> bool:
         """Whether the float model won although a compressed one was inside the budget, or none was tried."""
-        compressed = [t for t in self.found.trials if t.plan.quantization is not None or t.plan.widths]
+        compressed = [
+            t for t in self.found.trials if t.plan.quantization or t.plan.weights or t.plan.widths
+        ]
         return not compressed or any(
             t.state is TrialState.COMPLETE and self._is_inside(t.plan) for t in compressed
         )
+
+
+def float_blocks(
+    plan: CompressionPlan, found: SearchResult, *, ignored: tuple[str, ...]
+) -> tuple[BlockChoice, ...]:
+    """The blocks that an INT8 plan leaves in float, each with why; the most damaging first."""
+    if plan.quantization is None:
+        return ()
+    total = sum(each for each in found.damages.values() if math.isfinite(each))
+    blocks = []
+    for name in plan.quantization.float_layers:
+        damage, gain = found.damages.get(name), found.gains_us.get(name)
+        known = damage if damage is not None and math.isfinite(damage) else None
+        reason = (
+            "left alone as was asked"
+            if name in ignored
+            else "the target's compiler refuses it in INT8"
+            if name in found.refused
+            else _why_float(damage, gain, total)
+        )
+        blocks.append(BlockChoice(name=name, reason=reason, damage=known, gain_us=gain))
+    return tuple(sorted(blocks, key=lambda block: -(block.damage or 0.0)))
+
+
+def _why_float(damage: float | None, gain: float | None, total: float) -> str:
+    verb = "save" if gain is not None and gain > 0 else "cost"
+    saves = "" if gain is None else f"INT8 would {verb} {abs(gain):.1f} us"
+    if damage is None:
+        return saves or "the search did not look at it"
+    if not math.isfinite(damage):
+        return f"its damage in INT8 is not known: it does not run, or time was up; {saves}"
+    share = f" ({damage / total:.0%} of all blocks)" if total > 0 else ""
+    return f"damage {damage:.2g}{share} in INT8; {saves}" if saves else f"damage {damage:.2g}{share} in INT8"
+
+
+def _words_about(blocks: Sequence[BlockChoice]) -> tuple[str, ...]:
+    if not blocks:
+        return ()
+    named = "; ".join(f"{block.name}: {block.reason}" for block in blocks[:_NAMED])
+    rest = f"; {len(blocks) - _NAMED} more in manifest.json and report.html" if len(blocks) > _NAMED else ""
+    return (f"{len(blocks)} blocks stay float: {named}{rest}",)
 
 
 def trial_line(trial: Trial) -> str:
@@ -239,9 +299,18 @@ def trial_line(trial: Trial) -> str:
         parts.append(trial.note)
     if trial.state is TrialState.FAILED:
         return ": ".join([*parts, f"failed: {trial.error}"])
+    if trial.state is TrialState.SLOWER:
+        parts.append("not faster than what is known, so not judged")
     if trial.drop is not None:
         over = "" if trial.state is TrialState.COMPLETE else ", over budget"
-        parts.append(f"drop {trial.drop:+.4f}{over}")
+        parts.append(f"{_drop_words(trial)}{over}")
     if trial.latency is not None:
         parts.append(f"{trial.latency.latency_p50_ms:.3g} ms ({trial.latency.evidence})")
     return ": ".join(parts)
+
+
+def _drop_words(trial: Trial) -> str:
+    """`drop +0.0197, expected +0.0066`: what was seen, and what is expected on other samples if that differs."""
+    seen, expected = trial.drop or 0.0, trial.expected_drop
+    words = f"drop {seen:+.4f}"
+    return words if expected is None or f"{expected:+.4f}" == f"{seen:+.4f}" else f"{words}, expected {expected:+.4f}"

@@ -43,12 +43,24 @@ class Console:
 
     def on_event(self, event: Event) -> None:
         """Show one event."""
+        left = "" if event.remaining_s is None else about(event.remaining_s)
         if event.stage in _LASTING or self._bar is None:
-            self._console.print(f"{event.stage:8s}{event.message}", markup=False)
+            tail = f"  [{left}]" if left and event.stage == "trial" else ""
+            self._console.print(f"{event.stage:8s}{event.message}{tail}", markup=False)
         if self._bar is not None:
+            words = f"{left}: {event.message}" if left else event.message
             self._bar.update(
                 self._task,
-                description=event.message[:90].replace("[", "\\["),
+                description=words[:100].replace("[", "\\["),
                 total=event.total or None,
                 completed=event.done,
             )
+
+
+def about(seconds: float) -> str:
+    """`about 40 s left`, `about 3 min left`, `about 1.5 h left`: no finer than it is known."""
+    if seconds < 95:
+        return f"about {max(round(seconds / 5) * 5, 5)} s left"
+    if seconds < 5400:
+        return f"about {round(seconds / 60)} min left"
+    return f"about {seconds / 3600:.1f} h left"

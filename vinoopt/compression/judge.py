@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +17,10 @@ from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, Scores, paired_drop, score
 from vinoopt.accuracy.metrics import Metric
 from vinoopt.compression.build import Workshop
+from vinoopt.compression.gate import expected_drop
 from vinoopt.compression.sensitivity import divergence
 from vinoopt.errors import CompressionError, DeviceError, MetricError, PlanError, ToolchainError
+from vinoopt.forecast import Forecast
 from vinoopt.records import (
     AccuracyBudget,
     CompressionPlan,
@@ -33,10 +37,10 @@ T = TypeVar("T")
 
 JOURNAL = "trials.jsonl"
 TABLES = "tables.jsonl"
-PROBE_SAMPLES = (8, 32)
-"""Least and most held-back samples that a damage probe runs: enough for a KL or a relative error to rank."""
+PROBE_SAMPLES = (8, 16, 32)
+"""Held-back samples that a damage probe may run: enough for a KL or a relative error to rank."""
 PROBE_MS = 400.0
-"""What the float model may take for them; between the bounds this decides."""
+"""What the slowest model may take for them."""
 
 CANDIDATE_ERRORS = (CompressionError, DeviceError, PlanError, ToolchainError, MetricError)
 """What may go wrong with one candidate without ending the search; a bug in this package ends it."""
@@ -95,6 +99,18 @@ class Shared:
 
 
 @dataclass(kw_only=True)
+class Spent:
+    """What single steps have taken in this run, in seconds."""
+
+    accuracy_s: float = 0.0
+    """Running one candidate on the search part and scoring it, the last time."""
+    timing_s: float = math.inf
+    """Timing one candidate, at best."""
+    probe_s: float = 0.0
+    """One damage probe, the last time."""
+
+
+@dataclass(kw_only=True)
 class Judge:
     """Judges plans for one target and remembers the verdicts, across runs through the store's journal."""
 
@@ -113,11 +129,16 @@ class Judge:
     spec: DeviceSpec | None = None
     """The target's figures, which what is kept of it depends on."""
     on_trial: Callable[[Trial], None] = lambda trial: None
+    forecast: Forecast = field(default_factory=Forecast)
+    """Told what the search will take as that becomes known."""
     trials: list[Trial] = field(default_factory=list)
+    spent: Spent = field(default_factory=Spent)
     _known: dict[str, Trial] = field(default_factory=dict)
     _scores: Scores | None = None
     _memo: Memo | None = None
     _probe_data: Dataset | None = None
+    _anchor: Trial | None = None
+    _unit: float = 1.0
 
     def resume(self) -> int:
         """Take over the finished trials of the journal that are for this target; gives their number."""
@@ -125,6 +146,7 @@ class Judge:
             trial = serde.from_json(Trial, line, where=self._journal)
             if trial.state is not TrialState.FAILED:  # what failed may have failed for want of memory or disk
                 self._known[_key(trial.plan)] = trial
+        self._anchor = next((t for t in self._known.values() if t.latency is not None), None)
         return len(self._known)
 
     def forget(self) -> None:
@@ -138,19 +160,36 @@ class Judge:
             self._scores = score(self.metric, self.reference, self.data, self.reference)
         return self._scores
 
-    def judge(self, plan: CompressionPlan, *, note: str = "") -> Trial:
+    def judge(self, plan: CompressionPlan, *, note: str = "", beat_ms: float | None = None) -> Trial:
         """The trial of `plan`: from the journal where it was judged before, else built and run now.
 
-        A candidate over budget is not timed. What goes wrong with the candidate makes the trial `FAILED`, with
-        the error kept.
+        A candidate over budget is not timed. With `beat_ms`, one that is not faster than that is of no use: where
+        timing has been cheaper than judging it is timed first, and is `SLOWER` if so. What goes wrong with the
+        candidate makes the trial `FAILED`, with the error kept.
         """
         known = self._known.get(_key(plan))
-        if known is not None:
+        if known is not None and not self._is_open(known, beat_ms):
             return self._take(serde.replace(known, number=len(self.trials), note=note), is_new=False)
+        if beat_ms is not None and self.spent.timing_s < self.spent.accuracy_s:
+            return self._take(self._run_if_faster(plan, note, beat_ms), is_new=True)
         trial, model = self._run(plan, note)
         if trial.state is TrialState.COMPLETE and model is not None:
             trial = self._timed([(trial, model)])[0]
         return self._take(trial, is_new=True)
+
+    def knows(self, plan: CompressionPlan) -> bool:
+        """Whether this run has judged the plan already."""
+        return any(trial.plan == plan for trial in self.trials)
+
+    def latencies_ms(self, plans: Sequence[CompressionPlan]) -> tuple[float, ...]:
+        """Latencies of plans that are timed together and not judged, to be compared with each other; kept."""
+        key = f"latencies {self._place} {digest([_key(plan) for plan in plans])}"
+
+        def measured() -> list[float]:
+            found = self.yardstick.measure_together([(plan, self.workshop.build(plan)) for plan in plans])
+            return [each.latency_p50_ms for each in found]
+
+        return tuple(self._tables().once(key, measured))
 
     def judge_anchors(self, plans: Mapping[str, Sequence[CompressionPlan]]) -> None:
         """Trials of the plans that all others are compared with, by note: timed together, over budget or not."""
@@ -176,47 +215,84 @@ class Judge:
         self.on_trial(trial)
         return trial
 
+    def _is_open(self, known: Trial, beat_ms: float | None) -> bool:
+        """Whether a trial that was not judged because something else was faster has to be judged now."""
+        if known.state is not TrialState.SLOWER or known.latency is None:
+            return False
+        return beat_ms is None or known.latency.latency_p50_ms < beat_ms
+
+    def _run_if_faster(self, plan: CompressionPlan, note: str, beat_ms: float) -> Trial:
+        trial = self._new_trial(plan, note)
+        started = time.monotonic()
+        try:
+            model = self.workshop.build(plan)
+        except CANDIDATE_ERRORS as exc:
+            return serde.replace(trial, error=_first_line(exc), seconds=time.monotonic() - started)
+        timed = self._timed([(serde.replace(trial, state=TrialState.SLOWER), model)])[0]
+        if timed.latency is None or timed.latency.latency_p50_ms >= beat_ms:
+            return timed
+        judged, _ = self._run(plan, note)
+        return serde.replace(judged, latency=timed.latency, seconds=judged.seconds + timed.seconds)
+
     def _timed(self, candidates: Sequence[tuple[Trial, ov.Model]]) -> list[Trial]:
         started = time.monotonic()
         try:
-            times = self.yardstick.measure_together([(trial.plan, model) for trial, model in candidates])
+            times = self._in_one_unit([(trial.plan, model) for trial, model in candidates])
         except CANDIDATE_ERRORS as exc:
             if len(candidates) > 1:  # one that the target refuses must not take the others with it
                 return [trial for candidate in candidates for trial in self._timed([candidate])]
-            error = str(exc).splitlines()[0]
-            return [serde.replace(t, state=TrialState.FAILED, error=error) for t, _ in candidates]
+            return [serde.replace(t, state=TrialState.FAILED, error=_first_line(exc)) for t, _ in candidates]
         spent = (time.monotonic() - started) / max(len(candidates), 1)
+        self.spent.timing_s = min(spent, self.spent.timing_s)
         return [
             serde.replace(trial, latency=latency, seconds=trial.seconds + spent)
             for (trial, _), latency in zip(candidates, times, strict=True)
         ]
 
-    def _run(self, plan: CompressionPlan, note: str) -> tuple[Trial, ov.Model | None]:
-        """The trial without its latency, and the model where it could be built and run."""
-        started = time.monotonic()
-        trial = Trial(
+    def _in_one_unit(self, candidates: Sequence[tuple[CompressionPlan, ov.Model]]) -> list[Measurement]:
+        """Latencies as the journal's trials have them: a yardstick starts with a unit of its own in every run."""
+        anchor = self._anchor
+        if anchor is None or anchor.latency is None:
+            found = list(self.yardstick.measure_together(candidates))
+        else:
+            model = self.workshop.build(anchor.plan)
+            first, *found = self.yardstick.measure_together([(anchor.plan, model), *candidates])
+            self._unit, self._anchor = anchor.latency.latency_p50_ms / first.latency_p50_ms, None
+        return [serde.replace(each, latency_p50_ms=each.latency_p50_ms * self._unit) for each in found]
+
+    def _new_trial(self, plan: CompressionPlan, note: str) -> Trial:
+        return Trial(
             number=len(self.trials),
             plan=plan,
             state=TrialState.FAILED,
             target=str(self.yardstick.target),
             note=note,
         )
+
+    def _run(self, plan: CompressionPlan, note: str) -> tuple[Trial, ov.Model | None]:
+        """The trial without its latency, and the model where it could be built and run."""
+        started = time.monotonic()
+        trial = self._new_trial(plan, note)
         try:
             model = self.workshop.build(plan)
+            built = time.monotonic()
             scores = score(
                 self.metric, self.yardstick.predict(plan, model, self.data), self.data, self.reference
             )
             drop = paired_drop(
                 self.metric, self.reference_scores, scores, budget=self.budget, seed=self.seed
-            ).value
+            )
         except CANDIDATE_ERRORS as exc:
-            error = str(exc).splitlines()[0]
-            return serde.replace(trial, error=error, seconds=time.monotonic() - started), None
+            return serde.replace(trial, error=_first_line(exc), seconds=time.monotonic() - started), None
+        self.spent.accuracy_s = time.monotonic() - built
+        expected = expected_drop(self.metric, self.reference_scores, scores, drop)
         judged = serde.replace(
             trial,
-            state=TrialState.COMPLETE if drop <= self.budget.max_drop else TrialState.OVER_BUDGET,
+            state=TrialState.COMPLETE if expected <= self.budget.max_drop else TrialState.OVER_BUDGET,
             accuracy=scores.accuracy,
-            drop=drop,
+            drop=drop.value,
+            drop_high=drop.high,
+            expected_drop=expected,
             seconds=time.monotonic() - started,
         )
         return judged, model
@@ -232,12 +308,15 @@ class Judge:
         where = "" if is_shared else self._place
 
         def probe() -> float:
-            sample = self.probe_data
+            started = time.monotonic()
             reference = [self.reference[i] for i in range(len(sample))]
-            return divergence(reference, list(self.yardstick.predict(plan, make(), sample)))
+            found = divergence(reference, list(self.yardstick.predict(plan, make(), sample)))
+            self.spent.probe_s = time.monotonic() - started
+            return found
 
+        sample = self.probe_data
         try:
-            return self._tables().once(f"damage {kind} {where} {_key(plan)}", probe)
+            return self._tables().once(f"damage {kind} {where} {len(sample)} {_key(plan)}", probe)
         except CANDIDATE_ERRORS:
             return math.inf  # a choice that cannot be built or run is never taken; the next run tries it again
 
@@ -263,14 +342,14 @@ class Judge:
         """The samples that damage probes run: fewer for a model that is slow."""
         if self._probe_data is None:
             timed = [t.latency.latency_p50_ms for t in self.trials if t.latency is not None]
-            least, most = PROBE_SAMPLES
-            count = most if not timed else min(max(int(PROBE_MS / max(timed)), least), most)
+            slowest = max(timed, default=0.0)
+            count = max((n for n in PROBE_SAMPLES if n * slowest <= PROBE_MS), default=PROBE_SAMPLES[0])
             self._probe_data = self.data.subset(range(min(count, len(self.data))))
         return self._probe_data
 
     @property
     def _journal(self) -> str:
-        judged_by = digest(self.metric.name, repr(self.metric), serde.to_json(self.budget))[:12]
+        judged_by = digest(self.metric.name, _identity(self.metric), serde.to_json(self.budget))[:12]
         return f"{self._place}-{judged_by}-{JOURNAL}"
 
     @property
@@ -278,6 +357,21 @@ class Judge:
         """The target, told apart from others of its name: a profile's figures may change between two runs."""
         slug = self.yardstick.target.slug
         return slug if self.spec is None else f"{slug}-{digest(serde.to_json(self.spec))[:12]}"
+
+
+def _identity(metric: Metric) -> str:
+    """What tells a metric from others of its name in every session: its figures and its code, not its address."""
+    kind = type(metric)
+    try:
+        code = inspect.getsource(kind)
+    except (OSError, TypeError):  # typed in at a prompt, or compiled
+        code = ""
+    text = f"{kind.__module__}.{kind.__qualname__} {metric!r} {vars(metric) if hasattr(metric, '__dict__') else ''}"
+    return digest(re.sub(r" at 0x[0-9a-fA-F]+", "", text), code)
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).splitlines() or [type(exc).__name__])[0]
 
 
 def _key(plan: CompressionPlan) -> str:

@@ -131,13 +131,17 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _translated(what: str) -> Iterator[None]:
-    """NNCF's errors have no common root: those that its code raises on purpose become `CompressionError`."""
+    """NNCF's errors have no common root: what its code raises over a model becomes `CompressionError`."""
     from nncf import errors
 
     known: tuple[type[Exception], ...] = (
         RuntimeError,
         ValueError,
         LookupError,
+        TypeError,  # its graph code meets shapes and operators that it was not written for
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
         *(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)),
     )
     try:

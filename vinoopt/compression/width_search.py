@@ -10,7 +10,7 @@ from functools import partial
 import openvino as ov
 
 from vinoopt import serde
-from vinoopt.compression.frontier import FrontierPoint, Option, trace_frontier
+from vinoopt.compression.frontier import FLOAT, INT8, FrontierPoint, Option, trace_frontier
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import (
@@ -24,8 +24,6 @@ from vinoopt.compression.widths import (
 )
 from vinoopt.records import CompressionPlan, GroupWidth, QuantizationPlan, Trial, TrialState
 
-FLOAT, INT8 = "float", "int8"
-"""Names of a block's options on the frontier."""
 _LEAST_GAIN = 0.02
 """The bisection ends where its candidates differ by less than this share of the predicted time."""
 _TIMING_SAMPLES = 4

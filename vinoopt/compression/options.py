@@ -1,0 +1,40 @@
+"""What a search may do."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from vinoopt.records import QuantizationPlan
+
+ROUNDS = {"fast": 1, "balanced": 2, "thorough": 4}
+"""How often tables are corrected and the frontier searched again, by effort."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchOptions:
+    """What the search may do."""
+
+    base: QuantizationPlan
+    """NNCF's recipe, with layers that must stay float."""
+    quantize: bool = True
+    prune: bool = True
+    max_pruning: float = 0.5
+    channel_multiple: int = 16
+    seed: int = 0
+    effort: str = "balanced"
+    deadline: float | None = None
+    """In `time.monotonic` seconds."""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    @property
+    def table_deadline(self) -> float | None:
+        """A table may use half of the time that is left: the other half is for judging candidates."""
+        if self.deadline is None:
+            return None
+        now = time.monotonic()
+        return now + max(self.deadline - now, 0.0) / 2

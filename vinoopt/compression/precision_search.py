@@ -1,0 +1,416 @@
+"""The part of the joint search that leaves blocks in float: where INT8 hurts, and where it does not pay."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from vinoopt import serde
+from vinoopt.compression.boundaries import MixCosts, fastest_mix, find_neighbours, fit_costs, trace_mixes
+from vinoopt.compression.frontier import FLOAT, INT8, FrontierPoint
+from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
+from vinoopt.compression.options import ROUNDS, SearchOptions
+from vinoopt.compression.precision import find_blocks
+from vinoopt.compression.refusal import find_refused
+from vinoopt.compression.sensitivity import block_damages
+from vinoopt.errors import ToolchainRefused
+from vinoopt.records import CompressionPlan, Precision, Preset, QuantizationPlan, Trial, TrialState
+
+_MOST_REFUSED = 4
+"""Blocks that a target's compiler may refuse in INT8 before the search stops asking which."""
+_FASTER = 0.99
+"""A mix is judged only where it is predicted to take less than this share of the best time so far."""
+_RUN = 4
+"""Blocks in a row that share their label in one of the mixes that are timed to learn what conversions cost."""
+_RESERVES = {"fast": (0.5,), "balanced": (0.5, 0.2), "thorough": (0.7, 0.4, 0.15)}
+"""Shares of the best candidate's predicted damage at which safer ones are judged, by effort: the test part may
+refuse what the search part let pass, and the next candidate must not be the float model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionTables:
+    """What the search learnt about blocks."""
+
+    damages: Mapping[str, float]
+    """Output damage of each block alone in INT8, where the search asked."""
+    gains_us: Mapping[str, float]
+    """Time that INT8 saves in each block's own kernels on the target; negative where it costs."""
+    refused: frozenset[str]
+    """Blocks that the target's compiler does not take in INT8."""
+    reasons: tuple[str, ...]
+
+
+def search_precisions(
+    judge: Judge, options: SearchOptions, *, say: Callable[[str], None]
+) -> PrecisionTables:
+    """Judges candidates with some blocks in float; anchors must have been judged before."""
+    run = _Run(judge=judge, options=options, say=say)
+    run.all()
+    return PrecisionTables(
+        damages=run.damages, gains_us=run.gains, refused=frozenset(run.refused), reasons=tuple(run.reasons)
+    )
+
+
+class _Run:
+    """One search over precisions and what it has learnt so far."""
+
+    def __init__(self, *, judge: Judge, options: SearchOptions, say: Callable[[str], None]) -> None:
+        self.judge = judge
+        self.options = options
+        self.say = say
+        self.damages: dict[str, float] = {}
+        self.gains: dict[str, float] = {}
+        self.refused: frozenset[str] = frozenset()
+        self.reasons: list[str] = []
+        self.seen: list[tuple[frozenset[str], float]] = []
+        """Mixes that were timed: blocks in float, and microseconds beyond INT8 throughout."""
+        self.int8_us = math.nan
+        """INT8 throughout, in the unit of trials."""
+
+    def all(self) -> None:
+        recipe = self._recipe()
+        if recipe is None or self.options.is_late:
+            return
+        precision = self._rest_precision()
+        pair = self.judge.workshop.pair((), recipe)
+        blocks = [b.name for b in find_blocks(pair) if b.name not in recipe.float_layers]
+        if not blocks:
+            self.reasons.append("NNCF quantized no layer of this model, so there is nothing to choose between")
+            return
+        recipe = self._accepted(recipe, precision, blocks)
+        blocks = [name for name in blocks if name not in recipe.float_layers]
+        whole = CompressionPlan(quantization=recipe, float_precision=precision)
+        try:
+            self._cost_table(whole, blocks)
+        except CANDIDATE_ERRORS as exc:
+            self.reasons.append(f"INT8 cannot be timed on {self.judge.yardstick.target}: {exc}")
+            return
+        if any(t.state is TrialState.COMPLETE and t.plan.quantization is not None for t in self.judge.trials):
+            self._without_losers(whole, blocks)
+            return
+        self._damage_table(whole, blocks)
+        self._bisect(whole, trace_mixes(self.costs, self.damages))
+        for _ in range(ROUNDS[self.options.effort] - 1):
+            if self.options.is_late or not self._correct(whole, blocks):
+                break
+        self._other_formats(whole)
+        self._reserves(whole, self._best_mixed(whole))
+
+    # ------------------------------------------------------------------ what is quantized, and how
+
+    def _recipe(self) -> QuantizationPlan | None:
+        """The quantizer's recipe with the least damage when every block is INT8; None where all fail."""
+        base = self.options.base
+        inside = [t for t in self.judge.trials if t.state is TrialState.COMPLETE]
+        if any(t.plan.quantization is not None for t in inside):
+            return base
+        damages: dict[str, tuple[float, QuantizationPlan]] = {}
+        for name, recipe in _recipes(base, self.options).items():
+            if damages and self.options.is_late:
+                break
+            self.say(f"recipe {name}")
+            plan = CompressionPlan(quantization=recipe, float_precision=self._rest_precision())
+            damages[name] = (self.judge.damage(plan, partial(self.judge.workshop.build, plan)), recipe)
+        damages = {name: entry for name, entry in damages.items() if math.isfinite(entry[0])}
+        if not damages:
+            self.reasons.append("no recipe of the quantizer gives a model that runs")
+            return None
+        best = min(damages, key=lambda name: damages[name][0])
+        if best != "plain":
+            self.reasons.append(f"recipe {best} does less damage than plain INT8 and is the ground of the search")
+        return damages[best][1]
+
+    def _accepted(
+        self, recipe: QuantizationPlan, precision: Precision, blocks: Sequence[str]
+    ) -> QuantizationPlan:
+        """The recipe with those blocks in float that the target's compiler refuses in INT8."""
+        whole = CompressionPlan(quantization=recipe, float_precision=precision)
+        if not any(t.state is TrialState.FAILED and t.plan.quantization is not None for t in self.judge.trials):
+            return recipe
+
+        def accepts(floats: set[str]) -> bool:
+            plan = _with_floats(whole, floats)
+            try:
+                self.judge.yardstick.measure(plan, self.judge.workshop.build(plan))
+            except ToolchainRefused:
+                return False
+            return True
+
+        self.say("whether the target's compiler takes every block in INT8")
+        try:
+            refused = find_refused(blocks, accepts, most=_MOST_REFUSED)
+        except CANDIDATE_ERRORS as exc:
+            self.reasons.append(f"the target's compiler could not be asked which blocks it refuses: {exc}")
+            return recipe
+        if not refused:
+            return recipe
+        self.refused = refused
+        self.reasons.append(
+            f"the target's compiler refuses {', '.join(sorted(refused))} in INT8, so that stays float"
+        )
+        self._judge_floats(whole, refused, "what the target's compiler takes in INT8")
+        return serde.replace(recipe, float_layers=tuple(sorted({*recipe.float_layers, *refused})))
+
+    def _rest_precision(self) -> Precision:
+        """The fastest float format that by itself takes less than half of the budget."""
+        budget = self.judge.budget.max_drop
+        timed = [
+            t
+            for t in self._inside()
+            if t.plan.quantization is None and t.plan.weights is None and _expected(t) <= budget / 2
+        ]
+        if not timed:
+            return self.judge.yardstick.float_precisions[0]
+        return min(timed, key=latency_of).plan.float_precision
+
+    # ------------------------------------------------------------------ tables
+
+    def _cost_table(self, whole: CompressionPlan, blocks: Sequence[str]) -> None:
+        """What INT8 saves in each block, and what conversions cost between blocks, from mixes that are timed."""
+        self.say(f"time of each of {len(blocks)} blocks, and of conversions between them")
+        build = self.judge.workshop.build
+        in_float = CompressionPlan(float_precision=whole.float_precision)
+        slow = self.judge.block_times(in_float, partial(build, in_float), blocks)
+        fast = self.judge.block_times(whole, partial(build, whole), blocks)
+        self.gains = {name: slow.get(name, 0.0) - fast.get(name, 0.0) for name in blocks}
+        self.neighbours = find_neighbours(self.judge.workshop.source, blocks)
+        mixes = _telling_mixes(blocks)
+        plans = [in_float, whole, *(_with_floats(whole, floats) for floats in mixes)]
+        float_ms, int8_ms, *mixed_ms = self.judge.latencies_ms(plans)
+        anchor = next((t for t in self._inside() if t.plan == in_float), None)
+        unit = 1.0 if anchor is None else latency_of(anchor) / float_ms
+        self.int8_us = int8_ms * unit * 1e3
+        self.seen = [
+            (frozenset(floats), (ms - int8_ms) * unit * 1e3)
+            for floats, ms in zip([set(blocks), *mixes], [float_ms, *mixed_ms], strict=True)
+        ]
+        self.costs: MixCosts = fit_costs(self.neighbours, self.gains, self.seen)
+        share = self.costs.conversion_us / self.int8_us
+        self.reasons.append(
+            f"a conversion between INT8 and float costs about {share:.1%} of the INT8 model's time on "
+            f"{self.judge.yardstick.target} (fitted to {len(mixes)} mixed models)"
+        )
+
+    def _damage_table(self, whole: CompressionPlan, blocks: Sequence[str]) -> None:
+        self.say(f"damage of each of {len(blocks)} blocks")
+        table = block_damages(
+            blocks,
+            # What the time does not reach is unknown: infinite damage keeps it in float.
+            lambda names: math.inf
+            if self.options.is_late
+            else self._damage_of(whole, set(blocks) - set(names)),
+            deadline=self.options.table_deadline,
+            progress=lambda done, total: self._expect((total - done) * self.judge.spent.probe_s, trials=6),
+        )
+        self.damages = dict(table.damages)
+
+    def _damage_of(self, whole: CompressionPlan, floats: Collection[str]) -> float:
+        plan = _with_floats(whole, floats)
+        return self.judge.damage(plan, partial(self.judge.workshop.build, plan))
+
+    # ------------------------------------------------------------------ candidates
+
+    def _bisect(self, whole: CompressionPlan, points: Sequence[FrontierPoint]) -> Trial | None:
+        """Judge along the frontier until the fastest candidate inside the budget is cornered.
+
+        Points that are predicted to be no faster than what is known to be inside are left out.
+        """
+        points = self._worth(points)
+        low, high = -1, len(points)  # points[low] is inside, points[high] outside
+        best: Trial | None = None
+        while high - low > 1 and not self.options.is_late:
+            middle = (low + high) // 2
+            self._expect(0.0, trials=math.ceil(math.log2(high - low)))
+            floats = _floats_of(points[middle])
+            trial = self._judge_floats(whole, floats, f"frontier point {middle + 1} of {len(points)}")
+            if trial.state in (TrialState.COMPLETE, TrialState.SLOWER):
+                low, best = middle, trial if trial.state is TrialState.COMPLETE else best
+            else:
+                high = middle
+        return best
+
+    def _worth(self, points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
+        mixed = [point for point in points if INT8 in point.picks.values()]  # else it is the float model
+        best_us = self._best_ms() * 1e3
+        found = [p for p in mixed if self._predicted_us(p) < _FASTER * best_us]
+        if mixed and not found:
+            nearest = min(map(self._predicted_us, mixed))
+            self.reasons.append(
+                f"no other mix of INT8 and float is predicted to be faster than what is known: at best "
+                f"{nearest / 1e3:.3g} ms against {best_us / 1e3:.3g} ms, conversions between formats included"
+            )
+        return found
+
+    def _predicted_us(self, point: FrontierPoint) -> float:
+        return self.int8_us + self.costs.beyond_int8_us(_floats_of(point))
+
+    def _correct(self, whole: CompressionPlan, blocks: Sequence[str]) -> bool:
+        """Measure again, around the best candidate, what its float blocks would damage; True if that helped."""
+        best = self._best_mixed(whole)
+        if best is None:
+            return False
+        floats = set(_recipe_of(best.plan).float_layers) & set(blocks)
+        paying = sorted(floats - fastest_mix(self.costs), key=lambda n: -self.gains[n])
+        if not paying:
+            return False
+        ground = self._damage_of(whole, floats)
+        self.say(f"damage of {len(paying)} float blocks again, in the company of the best candidate")
+        deadline = self.options.table_deadline
+        again: dict[str, float] = {}
+        for place, name in enumerate(paying):
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            self._expect((len(paying) - place) * self.judge.spent.probe_s, trials=3)
+            again[name] = max(self._damage_of(whole, floats - {name}) - ground, 0.0)
+        self.damages.update(again)
+        # What is INT8 in the best candidate costs nothing more; what was not measured again stays as it is.
+        around = {name: again.get(name, math.inf if name in floats else 0.0) for name in blocks}
+        return self._bisect(whole, trace_mixes(self.costs, around)) is not None
+
+    def _reserves(self, whole: CompressionPlan, best: Trial | None) -> None:
+        """Judge safer candidates between the best one and the float model, where there are none yet."""
+        if best is None or not self.damages:
+            return
+        floats = set(_recipe_of(best.plan).float_layers)
+        limit = sum(damage for name, damage in self.damages.items() if name not in floats)
+        in_float = [latency_of(t) for t in self._inside() if t.plan.quantization is None]
+        limit_us = _FASTER * 1e3 * min(in_float, default=math.inf)
+        points = [p for p in trace_mixes(self.costs, self.damages) if self._predicted_us(p) < limit_us]
+        for share in _RESERVES[self.options.effort]:
+            safer = [p for p in points if p.damage <= share * limit and INT8 in p.picks.values()]
+            if not safer or self.options.is_late:
+                return
+            plan = _with_floats(whole, _floats_of(safer[-1]))
+            if not self.judge.knows(plan):
+                self.say(f"{plan.title}: a safer candidate")
+                self.judge.judge(plan, note=f"{share:.0%} of the best candidate's predicted damage")
+
+    def _other_formats(self, whole: CompressionPlan) -> None:
+        """The best candidate with its float blocks in the target's other float formats: the same model."""
+        best = self._best_mixed(whole)
+        if best is None:
+            return
+        for precision in self.judge.yardstick.float_precisions:
+            if precision is not best.plan.float_precision and not self.options.is_late:
+                self.judge.judge(
+                    serde.replace(best.plan, float_precision=precision),
+                    note="best candidate in another format",
+                    beat_ms=self._best_ms(),
+                )
+
+    def _without_losers(self, whole: CompressionPlan, blocks: Sequence[str]) -> None:
+        """INT8 is inside the budget: leave it only where it costs time, and find safer neighbours."""
+        slower = sorted(name for name in blocks if self.gains[name] <= 0)
+        floats = fastest_mix(self.costs)
+        if slower:
+            names = f"{', '.join(slower[:4])}{' ...' if len(slower) > 4 else ''}"
+            fate = (
+                f"{len(floats)} blocks are better left in float"
+                if floats
+                else "leaving them in float would cost more in conversions than it saves"
+            )
+            self.reasons.append(
+                f"{len(slower)} of {len(blocks)} blocks are not faster in INT8 by themselves on "
+                f"{self.judge.yardstick.target} ({names}); {fate}"
+            )
+        predicted = self.int8_us + self.costs.beyond_int8_us(floats)
+        if floats and len(floats) < len(blocks) and predicted < _FASTER * self._best_ms() * 1e3:
+            self._judge_floats(whole, floats, "INT8 only where it is faster")
+        best = min(
+            (t for t in self._inside() if t.plan.quantization is not None), key=latency_of, default=None
+        )
+        if best is None or self._is_safe(best) or self.options.is_late:
+            return
+        self._damage_table(whole, blocks)
+        self._reserves(whole, best)
+
+    def _is_safe(self, trial: Trial) -> bool:
+        """Whether the test part will hardly refuse it; with little effort, half of the budget left is enough."""
+        limit = self.judge.budget.max_drop
+        if trial.drop_high is not None and trial.drop_high <= limit:
+            return True
+        return self.options.effort == "fast" and trial.drop is not None and trial.drop <= limit / 2
+
+    def _judge_floats(self, whole: CompressionPlan, floats: Collection[str], note: str) -> Trial:
+        plan = _with_floats(whole, floats)
+        self.say(f"{plan.title}: {note}")
+        trial = self.judge.judge(plan, note=note, beat_ms=self._best_ms())
+        if trial.latency is not None and self.seen:
+            self.seen.append((frozenset(floats), trial.latency.latency_p50_ms * 1e3 - self.int8_us))
+            self.costs = fit_costs(self.neighbours, self.gains, self.seen)
+        return trial
+
+    # ------------------------------------------------------------------ what is known
+
+    def _inside(self) -> list[Trial]:
+        return [t for t in self.judge.trials if t.state is TrialState.COMPLETE and t.latency is not None]
+
+    def _best_ms(self) -> float:
+        """The least latency of what is inside the budget."""
+        return min(map(latency_of, self._inside()), default=math.inf)
+
+    def _best_mixed(self, whole: CompressionPlan) -> Trial | None:
+        recipe = serde.replace(_recipe_of(whole), float_layers=())
+        mixed = [
+            t
+            for t in self._inside()
+            if t.plan.quantization is not None
+            and serde.replace(t.plan.quantization, float_layers=()) == recipe
+        ]
+        return min(mixed, key=latency_of, default=None)
+
+    def _expect(self, seconds: float, *, trials: int) -> None:
+        """Tell what is left of this stage: `seconds`, and so many trials."""
+        known = [t.seconds for t in self.judge.trials if t.plan.quantization is not None]
+        each = min(known) if known else 0.0
+        self.judge.forecast.still("precisions", seconds + trials * each)
+
+
+def _telling_mixes(blocks: Sequence[str]) -> list[set[str]]:
+    """Two mixes to time: one with as many conversions as there can be, one with fewer."""
+    mixes = [set(blocks[1::2]), {name for place, name in enumerate(blocks) if place // _RUN % 2}]
+    return [mix for mix in mixes if mix]
+
+
+def _recipes(base: QuantizationPlan, options: SearchOptions) -> dict[str, QuantizationPlan]:
+    """Recipes worth comparing when plain INT8 is over budget, by effort."""
+    recipes = {"plain": base}
+    if options.effort == "fast":
+        return recipes
+    if base.preset is None and not base.is_transformer:
+        recipes["mixed preset"] = serde.replace(base, preset=Preset.MIXED)
+    if options.effort == "thorough":
+        recipes["accurate bias correction"] = serde.replace(base, fast_bias_correction=False)
+        recipes["histogram ranges"] = serde.replace(base, activation_range="histogram")
+        if base.is_transformer:
+            recipes["weaker smoothing"] = serde.replace(base, smooth_quant_alpha=0.5)
+    return recipes
+
+
+def _recipe_of(plan: CompressionPlan) -> QuantizationPlan:
+    if plan.quantization is None:
+        raise ValueError("the plan quantizes nothing")
+    return plan.quantization
+
+
+def _with_floats(plan: CompressionPlan, floats: Collection[str]) -> CompressionPlan:
+    """The plan with these blocks in float beside those that its recipe leaves in float already."""
+    recipe = _recipe_of(plan)
+    names = tuple(sorted({*floats, *recipe.float_layers}))
+    return serde.replace(plan, quantization=serde.replace(recipe, float_layers=names))
+
+
+def _floats_of(point: FrontierPoint) -> frozenset[str]:
+    return frozenset(name for name, pick in point.picks.items() if pick == FLOAT)
+
+
+def _expected(trial: Trial) -> float:
+    return math.inf if trial.expected_drop is None else trial.expected_drop
+
+
+def latency_of(trial: Trial) -> float:
+    """Milliseconds; infinite where it was not timed."""
+    return trial.latency.latency_p50_ms if trial.latency is not None else math.inf

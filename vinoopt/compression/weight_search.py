@@ -1,0 +1,106 @@
+"""The part of the search that stores weights in INT8 or INT4 and computes in float: for models bound by weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import openvino as ov
+
+from vinoopt import serde
+from vinoopt.compression.judge import Judge
+from vinoopt.compression.options import SearchOptions
+from vinoopt.cost_model import layer_costs
+from vinoopt.errors import ShapeError
+from vinoopt.records import CompressionPlan, Device, Trial, TrialState, WeightCompressionPlan
+
+REUSE = 16
+"""A weight that takes part in no more products per inference costs more to fetch than to multiply: CPUs and GPUs do
+tens of operations in the time of one access to memory."""
+LEAST_BYTES = 4 << 20
+"""Of such weights, in f32: fewer stay in a cache between two inferences, and nothing is fetched."""
+LEAST_SHARE = 0.25
+"""Of all bytes that an inference moves."""
+_INT4_DEVICES = frozenset({Device.CPU, Device.GPU})
+"""Whose plugins multiply by 4-bit weights of MatMul layers without unpacking them first."""
+_GROUP = 64
+"""Weights that share a scale in INT4."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightTraffic:
+    """What an inference of the float model moves, in bytes as f32."""
+
+    fetched: int
+    """Weights that are used `REUSE` times at most."""
+    moved: int
+    """Weights and activations of all layers."""
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether smaller weights can be expected to save time."""
+        return self.fetched >= LEAST_BYTES and self.fetched >= LEAST_SHARE * self.moved
+
+    def __str__(self) -> str:
+        return (
+            f"{self.fetched / 2**20:.1f} of {self.moved / 2**20:.1f} MiB that an inference moves are weights used "
+            f"{REUSE} times at most"
+        )
+
+
+def weigh(model: ov.Model) -> WeightTraffic | None:
+    """The traffic of the model; None where its shapes are not fixed."""
+    try:
+        costs = layer_costs(model)
+    except ShapeError:
+        return None
+    fetched = sum(4 * each.weights for each in costs if 0 < each.macs <= REUSE * each.weights)
+    return WeightTraffic(fetched=fetched, moved=sum(4 * (each.weights + each.activations) for each in costs))
+
+
+def search_weights(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) -> list[str]:
+    """Judges weight-only candidates where they can pay; gives sentences for the report."""
+    failed = all(t.state is TrialState.FAILED for t in judge.trials if t.plan.quantization is not None)
+    traffic = weigh(judge.workshop.source)
+    if not failed and (traffic is None or not traffic.is_bound):
+        return [] if traffic is None or not traffic.fetched else [f"weight-only compression was left out: {traffic}"]
+    why = "it cannot be quantized otherwise" if failed else str(traffic)
+    say(f"weight-only compression: {why}")
+    tried = [trial for plan in _plans(judge, options) for trial in _judged(judge, options, plan)]
+    return [f"weight-only compression was tried ({why}): {'; '.join(map(_words, tried))}"] if tried else []
+
+
+def _plans(judge: Judge, options: SearchOptions) -> Iterator[WeightCompressionPlan]:
+    ignored = options.base.float_layers
+    yield WeightCompressionPlan(float_layers=ignored)
+    if judge.yardstick.target.device not in _INT4_DEVICES or options.effort == "fast":
+        return
+    for ratio in (1.0, 0.6):
+        last = judge.trials[-1]
+        if last.plan.weights is not None and last.plan.weights.mode != "int8_asym" and _is_inside(last):
+            return  # a larger share in INT4 is inside already
+        yield WeightCompressionPlan(mode="int4_asym", ratio=ratio, group_size=_GROUP, float_layers=ignored)
+
+
+def _judged(judge: Judge, options: SearchOptions, weights: WeightCompressionPlan) -> Iterator[Trial]:
+    if options.is_late:
+        return
+    floats = [t for t in judge.trials if _is_inside(t) and t.latency is not None and _is_float(t.plan)]
+    fastest = min(floats, key=lambda t: t.latency.latency_p50_ms if t.latency is not None else 0.0, default=None)
+    ground = CompressionPlan() if fastest is None else fastest.plan
+    yield judge.judge(serde.replace(ground, weights=weights), note="weight-only compression")
+
+
+def _is_inside(trial: Trial) -> bool:
+    return trial.state is TrialState.COMPLETE
+
+
+def _is_float(plan: CompressionPlan) -> bool:
+    return plan.quantization is None and plan.weights is None and not plan.widths
+
+
+def _words(trial: Trial) -> str:
+    if trial.state is TrialState.FAILED:
+        return f"{trial.plan.title} failed ({trial.error})"
+    time = "" if trial.latency is None else f"{trial.latency.latency_p50_ms:.3g} ms, "
+    return f"{trial.plan.title} {time}drop {trial.drop or 0.0:+.4f} on the search part"
