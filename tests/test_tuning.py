@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from openvino import opset13 as ops
 
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig, Sample
 from vinoopt.errors import DeviceError, InputError
+from vinoopt.hardware.detect import cpu_flags
 from vinoopt.records import Device, DeviceSpec, Evidence, Measurement, Precision, RuntimeProperties
 from vinoopt.tuning import (
     Goal,
@@ -83,6 +85,20 @@ def test_every_value_of_the_space_compiles() -> None:
     for key, values in axes("CPU", is_stream=True).items():
         for value in values:
             core.compile_model(model, "CPU", {key: value})
+
+
+def test_the_space_follows_hardware_goal_and_model() -> None:
+    alone, stream = axes("CPU", is_stream=False), axes("CPU", is_stream=True)
+    assert (alone["PERFORMANCE_HINT"], stream["PERFORMANCE_HINT"]) == (("THROUGHPUT",), ("LATENCY",))
+    assert "PERFORMANCE_HINT_NUM_REQUESTS" in set(stream) - set(alone)
+    assert ("CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE" in alone) == ("amx_int8" in cpu_flags())
+    assert ("ENABLE_HYPER_THREADING" in alone) == (psutil.cpu_count() != psutil.cpu_count(logical=False))
+    assert "DYNAMIC_QUANTIZATION_GROUP_SIZE" not in axes("CPU", is_stream=False, model=_model())
+    x = ops.parameter([1, 64], np.float32, name="x")
+    stored = ops.constant(np.ones((64, 64), np.uint8))
+    weights = ops.multiply(ops.convert(stored, np.float32), np.full((1, 64), 0.5, np.float32))
+    compressed = ov.Model([ops.matmul(x, weights, False, False)], [x], "compressed")
+    assert "DYNAMIC_QUANTIZATION_GROUP_SIZE" in axes("CPU", is_stream=False, model=compressed)
 
 
 def test_the_profile_adds_values_but_no_property_the_device_lacks() -> None:

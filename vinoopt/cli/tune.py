@@ -29,7 +29,7 @@ _GOALS = {"latency": "latency", "throughput": "throughput", "tput": "throughput"
 @click.option("-t", "--seconds", type=click.FloatRange(min=1), help="When to stop trying further settings.")
 @click.option("--min-cosine", type=float, default=0.999, show_default=True, help="Of outputs against f32.")
 @click.option("--min-agreement", type=float, default=0.99, show_default=True, help="Of the top class.")
-@click.option("--profile", help="Hardware profile whose values to try too.")
+@click.option("--profile", help="Hardware profile whose values to try; default: the one that fits this machine.")
 @click.option("--shape", "-shape", help='Input shapes, as "x[1,3,224,224]".')
 @click.option("-b", "--batch", type=click.IntRange(1), help="Batch size.")
 @click.option("--data", help="Real inputs: npz, npy, or a folder.")
@@ -71,6 +71,7 @@ def tune(model: str | None, model_option: str | None, **options: Any) -> None:
 
 
 def _task(model: str, **options: Any) -> Any:
+    from vinoopt.hardware.detect import match_host
     from vinoopt.hardware.profile import load_profile
     from vinoopt.lineup import LineupRequest, tuning_task
     from vinoopt.records import Device
@@ -84,12 +85,12 @@ def _task(model: str, **options: Any) -> Any:
         batch=options["batch"],
         allow_code=options["allow_code"],
     )
-    spec = None
-    if options["profile"]:
-        word = options["device"].partition(".")[0]
-        if word not in [kind.value for kind in Device]:
-            raise click.UsageError(f'--profile goes with a --device of {", ".join(Device)}, not "{word}"')
-        spec = load_profile(options["profile"]).devices.get(Device(word))
+    word = options["device"].partition(".")[0]
+    kind = Device(word) if word in [each.value for each in Device] else None
+    if options["profile"] and kind is None:
+        raise click.UsageError(f'--profile goes with a --device of {", ".join(Device)}, not "{word}"')
+    profile = options["profile"] or match_host()
+    spec = load_profile(profile).devices.get(kind) if profile and kind else None
     return tuning_task(request, spec=spec)
 
 

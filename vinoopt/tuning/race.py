@@ -331,7 +331,7 @@ def _word(value: object) -> str:
 def _single_settings(task: TuneTask, config: TuneConfig) -> Iterator[RuntimeProperties]:
     is_stream = config.goal is Goal.THROUGHPUT
     fixed = config.base.as_dict()
-    for key, values in sorted(axes(task.device, task.spec, is_stream=is_stream).items()):
+    for key, values in sorted(axes(task.device, task.spec, is_stream=is_stream, model=task.model).items()):
         if key not in fixed:
             yield from (RuntimeProperties.of({key: value}) for value in values)
 
