@@ -92,6 +92,9 @@ class Clock:
     ) -> tuple[Measurement, ...]:
         return tuple(self.measure(plan, model) for plan, model in candidates)
 
+    def check(self, plan: CompressionPlan, model: ov.Model) -> None:
+        pass
+
     def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
         return predict(model, data, properties={"INFERENCE_PRECISION_HINT": "f32"})
 

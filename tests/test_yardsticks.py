@@ -14,9 +14,13 @@ from rich.console import Console
 
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset, from_arrays
+from vinoopt.accuracy.metrics import find_metric
 from vinoopt.bundle import Bundle
 from vinoopt.compiler import yardstick_for
+from vinoopt.compression.build import Workshop
+from vinoopt.compression.judge import Judge
 from vinoopt.compression.quantize import quantize
+from vinoopt.compression.search import SearchResult
 from vinoopt.demo import demo_files
 from vinoopt.errors import InputError, TargetError, ToolchainCrashed, ToolchainMissing, ToolchainRefused
 from vinoopt.frontend.preprocess import read_preprocess
@@ -24,6 +28,7 @@ from vinoopt.hardware.detect import cpu_flags, detect_host
 from vinoopt.hardware.isa import ISAS
 from vinoopt.hardware.profile import resolve
 from vinoopt.records import (
+    AccuracyBudget,
     Availability,
     Build,
     CompressionPlan,
@@ -39,9 +44,11 @@ from vinoopt.records import (
     RuntimeProperties,
     Target,
     TensorSpec,
+    TrialState,
 )
 from vinoopt.report import render_manifest
-from vinoopt.store import cache_folder
+from vinoopt.selection import TestPart, choose
+from vinoopt.store import Store, cache_folder
 from vinoopt.toolchains.calls import read_calls, write_calls
 from vinoopt.toolchains.cpu_isa import BlockTimesJob, CappedRun, CpuIsaToolchain, LatencyJob, PredictJob
 from vinoopt.toolchains.gpu import GpuToolchain
@@ -57,6 +64,7 @@ from vinoopt.yardsticks.base import without_intended
 from vinoopt.yardsticks.modelled import ModelledBench, times_of_blocks
 
 SHAPE = (1, 16, 16, 16)
+SCORES = TensorSpec(name="scores", shape=(1, 8, 16, 16), dtype="float32")
 FLOAT16 = CompressionPlan(float_precision=Precision.F16)
 INT8 = CompressionPlan(quantization=QuantizationPlan(), float_precision=Precision.F16)
 INT8_F32 = CompressionPlan(quantization=QuantizationPlan())
@@ -355,6 +363,21 @@ def test_npu_outputs_are_those_of_this_cpu_in_f32(npu: NpuYardstick, model: ov.M
     assert any("f16 arithmetic is not emulated" in note for note in npu.notes)
 
 
+def test_npu_compiler_that_dies_on_the_result_costs_the_blob_alone(
+    npu: NpuYardstick, model: ov.Model, tmp_path: Path
+):
+    class Dies(FakeNpu):
+        def compile(self, path: Path, spec: DeviceSpec, **options: Any) -> Build:
+            raise ToolchainCrashed("ended with SIGSEGV, twice")
+
+    npu.toolchain = Dies()
+    ir = tmp_path / "model.xml"
+    ov.save_model(model, ir)
+    build = npu.compile(ir, RuntimeProperties(), tmp_path / "model.blob")
+    assert (build.evidence, build.blob) == (Evidence.NOT_CHECKED, None)
+    assert "SIGSEGV" in build.diagnostics[0].message
+
+
 def test_npu_blob_is_compiled_with_tuned_options_and_says_so(
     npu: NpuYardstick, quantized: ov.Model, tmp_path: Path
 ):
@@ -468,6 +491,62 @@ def test_refusal_of_the_gpu_compiler_is_not_hidden(model: ov.Model, data: Datase
     yardstick = gpu("alder-lake:GPU", model, data, ToolchainRefused("Inverse is not supported"))
     with pytest.raises(ToolchainRefused, match="Inverse"):
         yardstick.compile(tmp_path / "m.xml", RuntimeProperties(), tmp_path / "b")
+
+
+class NoQuantizers(FakeGpu):
+    """A driver that refuses quantized models, as some do for products without INT8, and counts its work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled = 0
+
+    def compile(self, path: Path, spec: DeviceSpec, **options: Any) -> Build:
+        self.compiled += 1
+        if "FakeQuantize" in path.read_text():
+            raise ToolchainRefused("Weights/ifm mismatch")
+        return super().compile(path, spec, **options)
+
+
+def test_candidate_that_the_compiler_refuses_gives_way_to_the_next(
+    model: ov.Model, data: Dataset, tmp_path: Path
+):
+    yardstick = gpu("alder-lake:GPU", model, data)
+    yardstick.toolchain = driver = NoQuantizers()
+    store = Store.open("selection", root=tmp_path)
+    reference = yardstick.predict(FLOAT16, model, data)
+    judge = Judge(
+        workshop=Workshop(source=model, calibration=data, device=Device.GPU, store=store),
+        yardstick=yardstick,
+        metric=find_metric("cosine", outputs=(SCORES,), has_labels=False),
+        budget=AccuracyBudget(metric="cosine", max_drop=0.1),
+        data=data,
+        reference=reference,
+        seed=0,
+        store=store,
+    )
+    judge.judge_anchors({"float": [FLOAT16], "plain INT8": [INT8]})
+    assert [trial.state for trial in judge.trials] == [TrialState.COMPLETE, TrialState.COMPLETE]
+    found = SearchResult(trials=tuple(judge.trials), damages={}, gains_us={}, reasons=())
+    test = TestPart(data=data, reference=reference)
+    choice = choose(judge, yardstick, found, test, say=lambda text: None)
+    assert choice.plan == FLOAT16
+    assert choice.budget_met  # INT8 was refused, not over budget
+    assert [each.name for each in choice.bench.measurements] == ["float"]
+    assert f"{INT8.title} was passed over: Weights/ifm mismatch" in choice.reasons
+    assert driver.compiled == 1  # and not asked again
+
+
+def test_what_was_compiled_is_not_compiled_again(model: ov.Model, data: Dataset, tmp_path: Path):
+    yardstick = gpu("alder-lake:GPU", model, data)
+    yardstick.toolchain = driver = NoQuantizers()
+    yardstick.check(FLOAT16, model)
+    ir = tmp_path / "model.xml"
+    ov.save_model(model, ir, compress_to_fp16=False)
+    properties = runtime_properties(FLOAT16, Device.GPU)
+    assert yardstick.compile(ir, properties, tmp_path / "model.blob").layers
+    assert driver.compiled == 1
+    yardstick.compile(ir, RuntimeProperties(), tmp_path / "model.blob")
+    assert driver.compiled == 2
 
 
 @pytest.mark.offline

@@ -624,7 +624,7 @@ class TargetResult(Record):
     plan: CompressionPlan
     drop: Drop | None
     budget_met: bool
-    """False where compression was tried and nothing but the float model was inside the budget."""
+    """False where all compressed models that could be judged were over budget; not where the target refused them."""
     measurements: tuple[Measurement, ...]
     comparisons: tuple[Comparison, ...]
     properties: RuntimeProperties

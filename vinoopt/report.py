@@ -39,7 +39,7 @@ def render_manifest(manifest: Manifest, path: str, *, console: Console | None = 
         for reason in result.reasons:
             out.print(f"- {reason}", markup=False)
         if not result.budget_met:
-            out.print("- nothing but the float model was inside the budget: the bundle holds the float model")
+            out.print("- every compressed model was over the budget: the bundle holds the float model")
         for line in build_lines(result.build):
             out.print(f"- {line}", markup=False)
     if len(manifest.targets) > 1:

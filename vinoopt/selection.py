@@ -13,6 +13,7 @@ from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, Scores, paired_drop, score, sentence
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.search import SearchResult
+from vinoopt.errors import ToolchainRefused
 from vinoopt.records import (
     BlockChoice,
     Comparison,
@@ -89,6 +90,8 @@ def choose(
         )
         plan = faster
         bench = run.measure(plan)
+    if plan == run.float_plan:
+        run.reasons += run.words_about_failures()
     drop = run.drop_of(plan)
     name = run.name_of(plan)
     others = [m.name for m in bench.measurements if m.name != name]
@@ -117,6 +120,8 @@ class _Selection:
     say: Callable[[str], None]
     reasons: list[str] = field(default_factory=list)
     _drops: dict[str, Drop] = field(default_factory=dict)
+    _refused: dict[str, bool] = field(default_factory=dict)
+    """By plan, whether the target's own compiler said no."""
     _scores: Scores | None = None
 
     def __post_init__(self) -> None:
@@ -166,6 +171,8 @@ class _Selection:
             self.say(f"{trial.plan.title} on the test part")
             drop = self.drop_of(trial.plan)
             if drop.verdict is not Verdict.OUTSIDE:
+                if self.is_refused(trial.plan):
+                    continue
                 found = trial.plan
                 break
             refused.append(trial)
@@ -179,6 +186,18 @@ class _Selection:
                 "may be inside the budget there by chance; give more --test-data to be sure"
             )
         return found
+
+    def is_refused(self, plan: CompressionPlan) -> bool:
+        """Whether the target's own compiler refuses a candidate, which a modelled time does not tell."""
+        key = serde.sha256_record(plan)
+        if key not in self._refused:
+            try:
+                self.yardstick.check(plan, self.judge.workshop.build(plan))
+                self._refused[key] = False
+            except ToolchainRefused as exc:
+                self._refused[key] = True
+                self.reasons.append(f"{plan.title} was passed over: {str(exc).splitlines()[0]}")
+        return self._refused[key]
 
     def drop_of(self, plan: CompressionPlan) -> Drop:
         """The plan's drop on the test part."""
@@ -197,7 +216,7 @@ class _Selection:
     def contestants(self, plan: CompressionPlan) -> Mapping[str, CompressionPlan]:
         """The float model, plain INT8, and the plan where it is neither."""
         plans = {FLOAT: self.float_plan}
-        if self.plain is not None:
+        if self.plain is not None and not self.is_refused(self.plain):
             plans[PLAIN_INT8] = self.plain
         if plan not in plans.values():
             plans[CHOSEN] = plan
@@ -242,13 +261,33 @@ class _Selection:
         return plan == self.float_plan or self.drop_of(plan).verdict is not Verdict.OUTSIDE
 
     def is_float_by_right(self) -> bool:
-        """Whether the float model won although a compressed one was inside the budget, or none was tried."""
-        compressed = [
-            t for t in self.found.trials if t.plan.quantization or t.plan.weights or t.plan.widths
+        """Whether the float model won for another reason than that all compressed ones were over budget.
+
+        A candidate that the target refused, or that was slower, was not over budget.
+        """
+        within = {True: 0, False: 0}
+        for trial in self._compressed():
+            if self._refused.get(serde.sha256_record(trial.plan), False):
+                continue
+            if trial.state is TrialState.OVER_BUDGET:
+                within[False] += 1
+            elif trial.state is TrialState.COMPLETE:
+                within[self._is_inside(trial.plan)] += 1
+        return within[True] > 0 or within[False] == 0
+
+    def words_about_failures(self) -> list[str]:
+        """Why compressed candidates are missing where the float model is the result."""
+        compressed = self._compressed()
+        failed = [trial for trial in compressed if trial.state is TrialState.FAILED]
+        if not failed:
+            return []
+        return [
+            f"{len(failed)} of {len(compressed)} compressed candidates could not be built or run for "
+            f"{self.yardstick.target}; the first: {failed[0].error}"
         ]
-        return not compressed or any(
-            t.state is TrialState.COMPLETE and self._is_inside(t.plan) for t in compressed
-        )
+
+    def _compressed(self) -> list[Trial]:
+        return [t for t in self.found.trials if t.plan.quantization or t.plan.weights or t.plan.widths]
 
 
 def float_blocks(

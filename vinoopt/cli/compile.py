@@ -54,7 +54,7 @@ INTERRUPTED = 130
 def command(ctx: click.Context, /, **options: Any) -> None:
     """Compile an ONNX MODEL for its targets, inside an accuracy budget.
 
-    Exit codes: 0 done, 1 our error, 2 bad input, 3 nothing but the float model met the budget, 130 interrupted
+    Exit codes: 0 done, 1 our error, 2 bad input, 3 every compressed model was over budget, 130 interrupted
     (the best candidate so far is in the bundle).
     """
     as_json, quiet = options.pop("as_json"), options.pop("quiet")

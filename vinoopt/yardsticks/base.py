@@ -82,6 +82,13 @@ class TargetYardstick(Yardstick, Protocol):
         """All candidates side by side, as carefully as the target allows."""
         ...
 
+    def check(self, plan: CompressionPlan, model: ov.Model) -> None:
+        """Raises `ToolchainRefused` where the target's own compiler refuses a candidate.
+
+        Says nothing where that compiler is not here, crashed or ran out of time.
+        """
+        ...
+
     def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
         """The IR compiled for the target; a blob that may be shipped is left at `output`.
 

@@ -115,6 +115,9 @@ class HostYardstick:
         config = MeasureConfig(seconds=self.seconds * len(contestants))
         return measure(contestants, self.samples[:MAX_SAMPLES], config=config)
 
+    def check(self, plan: CompressionPlan, model: ov.Model) -> None:
+        """Nothing to do: a candidate that has a latency was compiled on the device."""
+
     def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
         """The IR compiled on the device; see `HostToolchain.compile`."""
         build = HostToolchain().compile(

@@ -25,6 +25,7 @@ from vinoopt.records import (
     RuntimeProperties,
     Target,
 )
+from vinoopt.store import digest
 from vinoopt.toolchains.gpu import GpuToolchain
 from vinoopt.yardsticks.base import (
     F32,
@@ -56,6 +57,8 @@ class ModelledGpuYardstick:
     """The float model."""
     samples: Sequence[Sample]
     toolchain: GpuToolchain = field(default_factory=GpuToolchain)
+    _builds: dict[str, Build] = field(default_factory=dict, init=False)
+    """By content of IR and properties: what is chosen has been compiled before it is written."""
 
     def require(self) -> None:
         """Raises `TargetError` where the profile lacks figures that the cost model needs.
@@ -120,19 +123,27 @@ class ModelledGpuYardstick:
         found = tuple(self._measurement(name, plan, model) for name, (plan, model, _) in candidates.items())
         return ModelledBench(measurements=found)
 
+    def check(self, plan: CompressionPlan, model: ov.Model) -> None:
+        """Raises `ToolchainRefused` where the driver is here and refuses the candidate: its time says nothing yet."""
+        with saved(model) as path:
+            self.compile(path, runtime_properties(plan, Device.GPU), path.with_name("model.blob"))
+
     def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
         """What the GPU's own compiler makes of the IR; never a blob.
 
         Where the driver is missing, crashed or timed out, the build's evidence is `NOT_CHECKED` and a diagnostic
         says how to get it. Raises `ToolchainRefused` where the compiler looked at the model and said no.
         """
-        try:
-            build = self.toolchain.compile(
-                ir, self.spec, properties=properties, output=output, timeout_s=_TIMEOUT_S
-            )
-        except _SKIPPED as exc:
-            return self._not_checked(properties, exc)
-        return serde.replace(without_intended(build, ir), target=self.target)
+        content = digest(serde.to_json(properties), *(_sha256(ir.with_suffix(end)) for end in (".xml", ".bin")))
+        if content not in self._builds:
+            try:
+                build = self.toolchain.compile(
+                    ir, self.spec, properties=properties, output=output, timeout_s=_TIMEOUT_S
+                )
+            except _SKIPPED as exc:
+                return self._not_checked(properties, exc)
+            self._builds[content] = serde.replace(without_intended(build, ir), target=self.target)
+        return self._builds[content]
 
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
         """This machine's CPU in f32: a GPU's arithmetic cannot be run here."""
@@ -166,3 +177,7 @@ class ModelledGpuYardstick:
 
     def _roofline(self, plan: CompressionPlan, model: ov.Model) -> Roofline:
         return roofline(model, self.spec, float_precision=plan.float_precision)
+
+
+def _sha256(path: Path) -> str:
+    return serde.sha256_file(path) if path.is_file() else ""

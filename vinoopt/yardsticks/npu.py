@@ -11,6 +11,7 @@ import openvino as ov
 from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions
+from vinoopt.errors import ToolchainCrashed, ToolchainError, ToolchainTimeout
 from vinoopt.records import (
     Build,
     CompressionPlan,
@@ -106,15 +107,22 @@ class NpuYardstick:
         )
         return ModelledBench(measurements=found)
 
+    def check(self, plan: CompressionPlan, model: ov.Model) -> None:
+        """Nothing to do: a candidate that has a latency was compiled."""
+
     def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
         """A blob at `output`, compiled with the options that have the smallest modelled latency.
 
-        `Build.properties` are those options; the diagnostic `NPU_TUNED` says what they gain.
+        `Build.properties` are those options; the diagnostic `NPU_TUNED` says what they gain. Where the compiler
+        crashes or runs out of time there is no blob, and the build's evidence is `NOT_CHECKED`.
         """
-        tuning = tune_npu(self.toolchain, ir, self.spec, base=properties)
-        build = self.toolchain.compile(
-            ir, self.spec, properties=tuning.properties, output=output, timeout_s=DEFAULT_TIMEOUT_S
-        )
+        try:
+            tuning = tune_npu(self.toolchain, ir, self.spec, base=properties)
+            build = self.toolchain.compile(
+                ir, self.spec, properties=tuning.properties, output=output, timeout_s=DEFAULT_TIMEOUT_S
+            )
+        except (ToolchainCrashed, ToolchainTimeout) as exc:
+            return self._without_blob(properties, exc)
         return serde.replace(
             build, target=self.target, diagnostics=(*build.diagnostics, _tuned(tuning, properties))
         )
@@ -122,6 +130,16 @@ class NpuYardstick:
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
         """This machine's CPU in f32: an NPU's arithmetic cannot be run here."""
         return Device.CPU, F32
+
+    def _without_blob(self, properties: RuntimeProperties, exc: ToolchainError) -> Build:
+        message = f"no blob was made for {self.spec.name}; compile the IR on the machine itself: {exc}"
+        return Build(
+            target=self.target,
+            toolchain="none",
+            evidence=Evidence.NOT_CHECKED,
+            properties=properties,
+            diagnostics=(Diagnostic(severity="warning", code="NPU_NOT_CHECKED", message=message),),
+        )
 
     def _measurement(self, name: str, model: ov.Model, properties: RuntimeProperties) -> Measurement:
         estimate = self._estimate(model, properties)
