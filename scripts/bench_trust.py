@@ -1,0 +1,217 @@
+"""Whether the measurement can be trusted: the same thing twice, and the same settings as benchmark_app.
+
+    python scripts/bench_trust.py self                          # 20 runs of a model against itself, per hint
+    python scripts/bench_trust.py benchmark_app                 # side by side with OpenVINO's own tool
+
+`self` measures two compilations of one model side by side, run after run: at least 19 of 20 must say "no
+significant difference". `benchmark_app` runs OpenVINO's benchmark_app and this package's measurement in turns, each
+several times, on the same IR with the same properties; the ratio is given with the spread of the turns of each. One
+JSON line per run goes to the output, a table to the terminal; what the output already holds is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from _cases import aligned, cases, say
+
+import vinoopt
+from vinoopt.bench import Contestant, MeasureConfig, MeasureMode, Sample, measure
+from vinoopt.frontend.parity import random_samples
+from vinoopt.hardware.detect import fingerprint
+
+MODELS = ("cifar_resnet20", "squeezenet", "mobilenetv2")
+HINTS = (MeasureMode.LATENCY, MeasureMode.THROUGHPUT)
+SAMPLES = 16
+REQUIRED = 0.95
+SLACK_MS = 0.015
+"""benchmark_app writes its median with two decimals and reads its clock inside the call; ours is outside, where a
+Python program sees it, and a call takes up to 10 microseconds more there."""
+
+
+def loaded(name: str) -> tuple[ov.Model, list[Sample]]:
+    """The case's model as it is, without preprocessing, and random inputs for it."""
+    case = cases()[name]
+    source = vinoopt.load_model(case.model, shape=case.shape_at(1))
+    return source.model, random_samples(source, SAMPLES)
+
+
+# --------------------------------------------------------------------------- the same thing twice
+
+
+def against_itself(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
+    for name, mode in product(options.model or MODELS[:1], options.hint or HINTS):
+        wanted = [run for run in range(options.runs) if key("self", name, mode, run) not in known]
+        model, samples = loaded(name) if wanted else (None, [])
+        for run in wanted:
+            pair = [Contestant(name=each, model=model) for each in ("one", "other")]
+            config = MeasureConfig(mode=mode, seconds=options.seconds, seed=run)
+            result = measure(pair, samples, config=config)
+            found = result.compare("one", "other")
+            yield {
+                "key": key("self", name, mode, run),
+                "what": "self",
+                "model": name,
+                "hint": mode.value,
+                "speedup": found.speedup,
+                "low": found.low,
+                "high": found.high,
+                "is_significant": found.is_significant,
+                "p50_ms": result.of("one").latency_p50_ms,
+                "rounds": len(result.of("one").rounds_ms),
+                "warnings": list(result.warnings),
+            }
+
+
+def self_table(rows: list[dict[str, Any]]) -> tuple[str, bool]:
+    lines: list[tuple[str, ...]] = [("model", "hint", "p50 ms", "runs", "no difference", "ratios", "widest interval")]
+    good = True
+    for name, hint in dict.fromkeys((row["model"], row["hint"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["hint"]) == (name, hint)]
+        same = sum(not row["is_significant"] for row in own)
+        good = good and same >= REQUIRED * len(own)
+        ratios = [row["speedup"] for row in own]
+        widest = max(own, key=lambda row: row["high"] / row["low"])
+        lines.append(
+            (
+                name,
+                hint,
+                f"{np.median([row['p50_ms'] for row in own]):.3g}",
+                str(len(own)),
+                f"{same} of {len(own)}",
+                f"{min(ratios):.3f} to {max(ratios):.3f}",
+                f"{widest['low']:.3f} to {widest['high']:.3f}",
+            )
+        )
+    return aligned(lines), good
+
+
+# --------------------------------------------------------------------------- benchmark_app
+
+
+def beside_benchmark_app(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
+    program = shutil.which("benchmark_app")
+    if program is None:
+        raise SystemExit("benchmark_app is not installed; it comes with pip install openvino")
+    for name, mode in product(options.model or MODELS, options.hint or HINTS):
+        wanted = [run for run in range(options.runs) if key("benchmark_app", name, mode, run) not in known]
+        if not wanted:
+            continue
+        model, samples = loaded(name)
+        with tempfile.TemporaryDirectory() as folder:
+            ir = Path(folder) / "model.xml"
+            ov.save_model(model, ir, compress_to_fp16=False)
+            for run in wanted:
+                theirs = run_benchmark_app(program, ir, mode, options.seconds)
+                ours = run_here(ir, samples, mode, options.seconds)
+                yield {
+                    "key": key("benchmark_app", name, mode, run),
+                    "what": "benchmark_app",
+                    "model": name,
+                    "hint": mode.value,
+                    "benchmark_app": theirs,
+                    "vinoopt": ours,
+                }
+
+
+def run_benchmark_app(program: str, ir: Path, mode: MeasureMode, seconds: float) -> dict[str, float]:
+    """Median latency in ms and inferences per second, as it reports them."""
+    element = str(ov.Core().read_model(ir).inputs[0].element_type.get_type_name())
+    words = [program, "-m", str(ir), "-d", "CPU", "-hint", mode.value, "-t", f"{seconds:.0f}", "-ip", element]
+    words += ["-json_stats", "-report_type", "no_counters", "-report_folder", str(ir.parent)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    report = ir.parent / "benchmark_report.json"
+    if done.returncode != 0 or not report.is_file():
+        raise SystemExit(f"benchmark_app failed: {done.stderr[-500:] or done.stdout[-500:]}")
+    results = json.loads(report.read_text())["execution_results"]
+    report.unlink()
+    return {"p50_ms": float(results["latency (ms)"]), "per_s": float(results["throughput"])}
+
+
+def run_here(ir: Path, samples: list[Sample], mode: MeasureMode, seconds: float) -> dict[str, float]:
+    config = MeasureConfig(mode=mode, seconds=seconds)
+    found = measure([Contestant(name="it", model=ir)], samples, config=config).of("it")
+    return {"p50_ms": found.latency_p50_ms, "per_s": found.throughput_per_s or 1000 / found.latency_p50_ms}
+
+
+def app_table(rows: list[dict[str, Any]]) -> tuple[str, bool]:
+    lines: list[tuple[str, ...]] = [
+        ("model", "hint", "figure", "benchmark_app", "its spread", "vinoopt", "its spread", "ratio", "they overlap")
+    ]
+    good = True
+    for name, hint in dict.fromkeys((row["model"], row["hint"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["hint"]) == (name, hint)]
+        figure = "p50_ms" if hint == MeasureMode.LATENCY.value else "per_s"
+        theirs, ours = ([row[side][figure] for row in own] for side in ("benchmark_app", "vinoopt"))
+        slack = SLACK_MS if figure == "p50_ms" else 0.0
+        is_within = max(min(theirs) - slack, min(ours)) <= min(max(theirs) + slack, max(ours))
+        good = good and is_within
+        lines.append(
+            (
+                name,
+                hint,
+                {"p50_ms": "median ms", "per_s": "per second"}[figure],
+                f"{np.median(theirs):.4g}",
+                f"{min(theirs):.4g} to {max(theirs):.4g}",
+                f"{np.median(ours):.4g}",
+                f"{min(ours):.4g} to {max(ours):.4g}",
+                f"{np.median(ours) / np.median(theirs):.3f}",
+                "yes" if is_within else "no",
+            )
+        )
+    return aligned(lines), good
+
+
+# --------------------------------------------------------------------------- both
+
+
+def key(what: str, model: str, mode: MeasureMode, run: int) -> str:
+    return f"{what}/{model}/{mode.value}/{run}"
+
+
+WAYS: dict[str, tuple[Callable[..., Iterator[dict[str, Any]]], Callable[..., tuple[str, bool]], int, float]] = {
+    "self": (against_itself, self_table, 20, 4.0),
+    "benchmark_app": (beside_benchmark_app, app_table, 3, 5.0),
+}
+"""What is run, how it is shown, how often, and for how many seconds."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=tuple(WAYS))
+    parser.add_argument("--model", action="append", choices=tuple(cases()), help="repeatable")
+    parser.add_argument("--hint", action="append", type=MeasureMode, choices=HINTS, help="repeatable; default: both")
+    parser.add_argument("--runs", type=int, help="default: 20 for self, 3 for benchmark_app")
+    parser.add_argument("--seconds", type=float, help="of each measurement; default: 4 and 5")
+    parser.add_argument("--output", type=Path, default=Path("trust.jsonl"))
+    options = parser.parse_args()
+    way, table, runs, seconds = WAYS[options.what]
+    options.runs, options.seconds = options.runs or runs, options.seconds or seconds
+
+    text = options.output.read_text(encoding="utf-8") if options.output.is_file() else ""
+    rows = [json.loads(line) for line in text.splitlines()]
+    host = fingerprint()
+    with options.output.open("a", encoding="utf-8") as stream:
+        for row in way(options, {each["key"] for each in rows}):
+            rows.append({**row, "host": host.cpu, "openvino": host.versions["openvino"]})
+            stream.write(json.dumps(rows[-1]) + "\n")
+            stream.flush()
+            say(row["key"])
+    shown, good = table([row for row in rows if row["what"] == options.what])
+    print(shown)
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
