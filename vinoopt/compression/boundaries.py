@@ -38,6 +38,8 @@ _ABSENT = frozenset({"Parameter", "Result", "Constant", "ShapeOf"})
 _LARGEST = 1 << 28
 """Capacities are integers of 32 bits, and two tensors may lie between the same two nodes."""
 _MOST_CUTS = 48
+_TRUST = 0.5
+"""Share of the float model's row that kernel times count for beside it."""
 _SCALES = (1.0, 0.5, 0.2, 0.0)
 """Conversion costs at which frontiers are traced, as shares of the true one: with the whole cost few mixes are
 corners of the frontier, since blocks change only in regions; the others lie between those corners."""
@@ -159,7 +161,8 @@ def fit_costs(
     """The costs that explain best how much slower than INT8 throughout mixes were seen to be.
 
     `seen` holds blocks in float and microseconds. Two figures are fitted, neither negative: the latency behind a
-    microsecond of kernels, and the cost of a conversion.
+    microsecond of kernels, and the cost of a conversion. The first is held near 1 as by `_TRUST` of a further mix:
+    latencies of a few rounds on a busy machine say less than the counters of kernels.
     """
     base = _conversions(neighbours, ())
     rows = np.array(
@@ -168,7 +171,9 @@ def fit_costs(
             for floats, _ in seen
         ]
     ).reshape(-1, 2)
-    (scale, conversion), _ = nnls(rows, np.array([slower for _, slower in seen], np.float64))
+    trust = _TRUST * sum(max(gain, 0.0) for gain in gains_us.values())
+    rows = np.vstack([rows, [trust, 0.0]])
+    (scale, conversion), _ = nnls(rows, np.array([*(slower for _, slower in seen), trust], np.float64))
     return MixCosts(
         neighbours=neighbours, gains_us=gains_us, scale=float(scale), conversion_us=float(conversion)
     )

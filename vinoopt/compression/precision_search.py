@@ -91,6 +91,8 @@ class _Run:
         if any(t.state is TrialState.COMPLETE and t.plan.quantization is not None for t in self.judge.trials):
             self._without_losers(whole, blocks)
             return
+        if not self._can_pay(whole):
+            return
         self._damage_table(whole, blocks)
         self._bisect(whole, trace_mixes(self.costs, self.damages))
         for _ in range(ROUNDS[self.options.effort] - 1):
@@ -231,6 +233,18 @@ class _Run:
             else:
                 high = middle
         return best
+
+    def _can_pay(self, whole: CompressionPlan) -> bool:
+        """Whether any mix at all is predicted to be faster than what is inside already, whatever it damages."""
+        least = self.int8_us + self.costs.beyond_int8_us(fastest_mix(self.costs))
+        best_us = self._best_ms() * 1e3
+        if least < _FASTER * best_us:
+            return True
+        self.reasons.append(
+            f"INT8 was over budget, and no mix of INT8 and {whole.float_precision} is predicted to be faster than "
+            f"what is inside: at best {least / 1e3:.3g} ms against {best_us / 1e3:.3g} ms"
+        )
+        return False
 
     def _worth(self, points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
         mixed = [point for point in points if INT8 in point.picks.values()]  # else it is the float model
