@@ -16,7 +16,6 @@ from vinoopt.forecast import Forecast
 from vinoopt.records import Event
 from vinoopt.schedule import LEAST_SEARCH, Facts, announce, divide, expected_seconds, final_seconds
 
-
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from vinoopt.cli.doctor import command as doctor
 from vinoopt.errors import InputError
-from vinoopt.store import Store, cache_folder
+from vinoopt.store import Store, cache_folder, runs_folder, trim
 
 
 @pytest.fixture
@@ -72,3 +76,50 @@ def test_a_memo_survives_the_process_and_never_computes_twice(store: Store) -> N
     again = store.memo("tables.jsonl")
     assert again.once("a", lambda: 9.0) == 1.5
     assert again.once("b", lambda: 9.0) == float("inf")
+
+
+DAY = 86400.0
+
+
+def filled(root: Path, name: str, *, size: int, age_s: float) -> Path:
+    folder = root / name
+    folder.mkdir(parents=True)
+    (folder / "model.bin").write_bytes(b"x" * size)
+    when = time.time() - age_s
+    os.utime(folder, (when, when))
+    return folder
+
+
+def test_runs_used_longest_ago_go_first_and_none_that_may_be_at_work(tmp_path: Path) -> None:
+    oldest = filled(tmp_path, "a", size=1000, age_s=9 * DAY)
+    older = filled(tmp_path, "b", size=1000, age_s=5 * DAY)
+    old = filled(tmp_path, "c", size=1000, age_s=2 * DAY)
+    fresh = filled(tmp_path, "d", size=1000, age_s=60)
+    assert trim(tmp_path, limit=2500, now=time.time()) == 2000
+    assert [each.exists() for each in (oldest, older, old, fresh)] == [False, False, True, True]
+    assert trim(tmp_path, limit=0, now=time.time()) == 1000
+    assert fresh.exists()
+
+
+def test_opening_a_store_keeps_the_folder_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten = filled(tmp_path, "a", size=2000, age_s=3 * DAY)
+    Store.open("one", root=tmp_path)
+    assert forgotten.exists()
+    monkeypatch.setenv("VINOOPT_CACHE_GB", "0.000001")
+    kept = Store.open("one", root=tmp_path)
+    assert not forgotten.exists()
+    assert kept.folder.exists()
+    monkeypatch.setenv("VINOOPT_CACHE_GB", "lots")
+    with pytest.raises(InputError, match="VINOOPT_CACHE_GB"):
+        Store.open("one", root=tmp_path)
+
+
+def test_doctor_clears_what_runs_have_kept_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path))
+    filled(runs_folder(), "a", size=2_000_000, age_s=60)
+    tools = filled(tmp_path, "npu-compiler", size=10, age_s=60)
+    result = CliRunner().invoke(doctor, ["--clear-cache", "--json"])
+    assert result.exit_code == 0
+    assert "2.0 MB freed" in result.stderr
+    assert not runs_folder().exists()
+    assert tools.exists()

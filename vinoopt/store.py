@@ -3,6 +3,9 @@
 Everything lies under one folder of the user's cache (`VINOOPT_CACHE_DIR`, else `XDG_CACHE_HOME/vinoopt`, else
 `~/.cache/vinoopt`). An entry is written beside its place and renamed when complete, so an interrupted run
 leaves nothing that a later one could mistake for a result. Failures are never kept.
+
+The folder does not grow without bound: where the runs of other models take more than `VINOOPT_CACHE_GB` (10), those
+that were used longest ago go, but none that was used within a day: it may belong to a run at work.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -20,6 +25,9 @@ from typing import Any, BinaryIO, TypeVar, cast
 from vinoopt.errors import InputError
 
 T = TypeVar("T")
+
+LIMIT_GB = 10.0
+_IN_USE_S = 86400.0
 
 
 def cache_folder() -> Path:
@@ -35,6 +43,54 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def runs_folder() -> Path:
+    """Where the entries of runs are; prepared toolchains lie elsewhere under the cache folder."""
+    return cache_folder() / "runs"
+
+
+def limit_bytes() -> float:
+    """How much runs may take; raises `InputError` where `VINOOPT_CACHE_GB` is no number."""
+    text = os.environ.get("VINOOPT_CACHE_GB", str(LIMIT_GB))
+    try:
+        return float(text) * 1e9
+    except ValueError as exc:
+        raise InputError(f'VINOOPT_CACHE_GB is "{text}", which is not a number of gigabytes') from exc
+
+
+def clear_runs() -> int:
+    """Forgets every run; gives the bytes that were freed."""
+    folder = runs_folder()
+    freed = _size(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    return freed - _size(folder)
+
+
+def trim(root: Path, *, limit: float, now: float) -> int:
+    """Removes the entries of `root` used longest ago until the rest takes `limit` bytes; gives what was freed.
+
+    An entry used within a day before `now` (seconds since the epoch) stays.
+    """
+    entries = sorted((each for each in root.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime)
+    sizes = {each: _size(each) for each in entries}
+    total, freed = sum(sizes.values()), 0
+    for each in entries:
+        if total - freed <= limit or now - each.stat().st_mtime < _IN_USE_S:
+            break
+        shutil.rmtree(each, ignore_errors=True)
+        freed += sizes[each]
+    return freed
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files; of those that vanish meanwhile none."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += (Path(place) / name).stat().st_size
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class Store:
     """The entries of one run: everything that depends on the same model, data and versions."""
@@ -44,9 +100,12 @@ class Store:
     @classmethod
     def open(cls, *key: object, root: Path | None = None) -> Store:
         """The store for `key`, made where it is new."""
-        folder = (root or cache_folder() / "runs") / digest(*key)[:24]
+        folder = (root or runs_folder()) / digest(*key)[:24]
+        limit = limit_bytes()
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            os.utime(folder)
+            trim(folder.parent, limit=limit, now=time.time())
         except OSError as exc:
             raise InputError(
                 f"{folder} cannot be made: {exc.strerror}; name a folder that can with VINOOPT_CACHE_DIR"

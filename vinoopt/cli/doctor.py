@@ -20,11 +20,14 @@ _HOW = {"CPU": "emulated", "GPU": "compiled", "NPU": "compiled and modelled"}
 @click.option(
     "--wheel", type=click.Path(), help="OpenVINO's Windows wheel for --install, instead of a download."
 )
+@click.option("--clear-cache", is_flag=True, help="Forget the results that are kept of earlier runs.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
-def command(install: str | None, wheel: str | None, as_json: bool) -> None:
+def command(install: str | None, wheel: str | None, clear_cache: bool, as_json: bool) -> None:
     """Say which devices are here, for which others this machine can compile, and what is missing."""
     if wheel is not None and install is None:
         raise click.UsageError("--wheel goes with --install npu")
+    if clear_cache:
+        _clear_cache()
     if install is not None:
         _install(wheel)
     from vinoopt.toolchains.survey import survey
@@ -48,6 +51,12 @@ def _install(wheel: str | None) -> None:
     path = None if wheel is None else Path(wheel)
     ready = prepare(NpuPlaces.from_environment(), wheel=path, say=lambda text: click.echo(text, err=True))
     click.echo(f"{ready.name}: ready ({ready.version})", err=True)
+
+
+def _clear_cache() -> None:
+    from vinoopt.store import clear_runs, runs_folder
+
+    click.echo(f"{runs_folder()}: {clear_runs() / 1e6:.1f} MB freed", err=True)
 
 
 def _lines(found: Survey) -> Iterator[str]:
