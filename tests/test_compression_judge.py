@@ -1,0 +1,301 @@
+"""What the judge spares itself, what it takes over from an earlier run, and what it does with accidents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+from openvino import opset13 as ops
+
+from vinoopt.accuracy.datasets import Dataset, from_arrays
+from vinoopt.accuracy.evaluate import Predictions, predict
+from vinoopt.accuracy.metrics import Metric
+from vinoopt.compression.build import Workshop
+from vinoopt.compression.judge import Judge
+from vinoopt.compression.options import SearchOptions
+from vinoopt.compression.quantize import _translated
+from vinoopt.compression.search import search
+from vinoopt.compression.weight_search import LEAST_BYTES, search_weights, weigh
+from vinoopt.errors import CompressionError
+from vinoopt.records import (
+    AccuracyBudget,
+    CompressionPlan,
+    Device,
+    Evidence,
+    Measurement,
+    Precision,
+    QuantizationPlan,
+    Target,
+    TensorSpec,
+    Trial,
+    TrialState,
+)
+from vinoopt.store import Store
+
+SPEC = TensorSpec(name="x", shape=(1, 3, 8, 8), dtype="float32")
+RNG = np.random.default_rng(0)
+DATA = from_arrays(RNG.normal(size=(24, 3, 8, 8)).astype(np.float32), inputs=[SPEC])
+FLOAT, INT8 = CompressionPlan(), CompressionPlan(quantization=QuantizationPlan())
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+class Closeness:
+    """The share of samples whose outputs are near the float model's; made at a prompt, so without a repr."""
+
+    name, unit = "closeness", "share"
+    higher_is_better, needs_labels, needs_reference, is_mean = True, False, True, True
+
+    def __init__(self, near: float = 0.5) -> None:
+        self.near = near
+
+    def statistic(self, outputs: Mapping[str, Any], label: object, reference: Mapping[str, Any]) -> float:
+        return float(all(np.abs(outputs[k] - reference[k]).max() < self.near for k in reference))
+
+    def value(self, statistics: Sequence[float]) -> float:
+        return float(np.mean(statistics))
+
+
+def small() -> ov.Model:
+    x = ops.parameter([1, 3, 8, 8], np.float32, name="x")
+    x.output(0).set_names({"x"})
+    rng = np.random.default_rng(1)
+
+    def conv(data: ov.Node, outputs: int, inputs: int, name: str) -> ov.Node:
+        weights = ops.constant(rng.normal(size=(outputs, inputs, 3, 3), scale=0.2).astype(np.float32))
+        return ops.convolution(data, weights, [1, 1], [1, 1], [1, 1], [1, 1], name=name)
+
+    y = ops.relu(conv(x, 16, 3, "first"))
+    for number in range(3):
+        y = ops.relu(conv(y, 16, 16, f"inner{number}"))
+    y = ops.reduce_mean(y, ops.constant([2, 3]), keep_dims=False)
+    y.output(0).set_names({"y"})
+    return ov.Model([y], [x], "small")
+
+
+class Ruler:
+    """A target with made-up times: `unit` tells sessions apart, float blocks cost what `float_ms` says."""
+
+    target = Target(profile="made-up", device=Device.CPU)
+    float_precisions = (Precision.F32,)
+    arithmetic = "f32"
+
+    def __init__(self, *, unit: float = 1.0, float_ms: float = 0.1) -> None:
+        self.unit, self.float_ms = unit, float_ms
+        self.timed: list[CompressionPlan] = []
+        self.run: list[tuple[CompressionPlan, int]] = []
+
+    def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
+        self.timed.append(plan)
+        floats = 4 if plan.quantization is None else len(plan.quantization.float_layers)
+        ms = self.unit * (1.0 + self.float_ms * floats)
+        return Measurement(name=plan.title, device="none", evidence=Evidence.MODELLED, latency_p50_ms=ms)
+
+    def measure_together(self, candidates: Sequence[tuple[CompressionPlan, ov.Model]]) -> tuple[Measurement, ...]:
+        return tuple(self.measure(plan, model) for plan, model in candidates)
+
+    def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
+        self.run.append((plan, len(data)))
+        return predict(model, data, properties=F32)
+
+    def block_times(self, plan: CompressionPlan, model: ov.Model, blocks: Sequence[str]) -> Mapping[str, float]:
+        self.timed.append(plan)
+        return dict.fromkeys(blocks, 1.0 + 1e3 * self.float_ms * (plan.quantization is None))
+
+
+@pytest.fixture(scope="module")
+def model() -> ov.Model:
+    return small()
+
+
+@pytest.fixture(scope="module")
+def reference(model: ov.Model) -> Predictions:
+    return predict(model, DATA, properties=F32)
+
+
+def judge_of(
+    model: ov.Model, reference: Predictions, folder: Path, ruler: Ruler, *, near: float = 0.5, max_drop: float = 0.1
+) -> Judge:
+    store = Store.open("judge", root=folder)
+    metric: Metric = Closeness(near)
+    return Judge(
+        workshop=Workshop(source=model, calibration=DATA, device=Device.CPU, store=store),
+        yardstick=ruler,
+        metric=metric,
+        budget=AccuracyBudget(max_drop=max_drop),
+        data=DATA,
+        reference=reference,
+        seed=0,
+        store=store,
+    )
+
+
+def with_floats(*names: str) -> CompressionPlan:
+    return CompressionPlan(quantization=QuantizationPlan(float_layers=tuple(sorted(names))))
+
+
+# --------------------------------------------------------------------------- what is spared
+
+
+def test_where_timing_is_cheaper_a_slower_candidate_is_not_run(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge = judge_of(model, reference, tmp_path, ruler := Ruler())
+    judge.judge_anchors({"float": [FLOAT], "plain INT8": [INT8]})
+    judge.spent.accuracy_s, judge.spent.timing_s = 1.0, 0.1
+    trial = judge.judge(with_floats("inner1"), beat_ms=1.0)
+    assert trial.state is TrialState.SLOWER
+    assert trial.drop is None
+    assert trial.latency is not None
+    assert trial.plan not in [plan for plan, _ in ruler.run]
+    # Something else is the best now, or nothing is: it is judged after all.
+    again = judge.judge(with_floats("inner1"), beat_ms=2.0)
+    assert again.state is TrialState.COMPLETE
+    assert again.drop is not None
+    assert again.latency is not None
+
+
+def test_where_running_is_cheaper_accuracy_comes_first(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge = judge_of(model, reference, tmp_path, Ruler())
+    judge.judge_anchors({"float": [FLOAT]})
+    judge.spent.accuracy_s, judge.spent.timing_s = 0.1, 1.0
+    assert judge.judge(with_floats("inner1"), beat_ms=1.0).drop is not None
+
+
+# --------------------------------------------------------------------------- resuming
+
+
+def options(**given: Any) -> SearchOptions:
+    return SearchOptions(**{"base": QuantizationPlan(), "prune": False, "effort": "balanced", **given})
+
+
+def test_a_resumed_search_repeats_nothing(model: ov.Model, reference: Predictions, tmp_path: Path) -> None:
+    # A budget so tight that INT8 is over it: tables, probes and the bisection all take part.
+    first = judge_of(model, reference, tmp_path, Ruler(), near=0.02, max_drop=0.0)
+    found = search(first, options(), say=lambda text: None)
+    assert len(found.trials) > 3
+    again = judge_of(model, reference, tmp_path, ruler := Ruler(unit=3.0), near=0.02, max_drop=0.0)
+    assert again.resume() == len({t.plan.model_dump_json() for t in found.trials})
+    repeated = search(again, options(), say=lambda text: None)
+    assert ruler.run == []
+    assert ruler.timed == []
+    assert [t.plan for t in repeated.trials] == [t.plan for t in found.trials]
+
+
+def test_another_session_times_in_the_first_one_s_unit(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge_of(model, reference, tmp_path, Ruler()).judge_anchors({"float": [FLOAT]})
+    later = judge_of(model, reference, tmp_path, Ruler(unit=3.0))
+    later.resume()
+    trial = later.judge(with_floats("inner1"))
+    assert trial.latency is not None
+    assert trial.latency.latency_p50_ms == pytest.approx(1.1)
+
+
+def test_a_metric_of_another_strictness_is_another_metric(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge_of(model, reference, tmp_path, Ruler(), near=0.5).judge(FLOAT)
+    assert judge_of(model, reference, tmp_path, Ruler(), near=0.5).resume() == 1
+    assert judge_of(model, reference, tmp_path, Ruler(), near=0.1).resume() == 0
+
+
+def test_probes_on_other_samples_are_other_probes(model: ov.Model, reference: Predictions, tmp_path: Path) -> None:
+    judge = judge_of(model, reference, tmp_path, ruler := Ruler())
+    judge.damage(INT8, lambda: judge.workshop.build(INT8))
+    slow = judge_of(model, reference, tmp_path, Ruler(unit=40.0))
+    slow.judge_anchors({"float": [FLOAT]})
+    assert len(slow.probe_data) == 8
+    slow.damage(INT8, lambda: slow.workshop.build(INT8))
+    assert (INT8, 8) in slow.yardstick.run
+    assert ruler.run == [(INT8, len(DATA))]
+
+
+# --------------------------------------------------------------------------- accidents
+
+
+@pytest.mark.parametrize("error", [TypeError("unsupported operand"), AttributeError("no attribute"), KeyError("x")])
+def test_what_breaks_inside_nncf_is_a_failed_candidate(error: Exception) -> None:
+    with pytest.raises(CompressionError, match="NNCF quantization failed"), _translated("quantization"):
+        raise error
+
+
+def test_an_interrupt_of_the_search_keeps_its_trials(model: ov.Model, reference: Predictions, tmp_path: Path) -> None:
+    judge = judge_of(model, reference, tmp_path, Ruler(), near=0.02, max_drop=0.0)
+
+    def interrupt(trial: Trial) -> None:
+        if trial.number == 2:
+            raise KeyboardInterrupt
+
+    judge.on_trial = interrupt
+    found = search(judge, options(), say=lambda text: None)
+    assert found.is_interrupted
+    assert len(found.trials) == 3
+    assert any(reason.startswith("interrupted while") for reason in found.reasons)
+
+
+# --------------------------------------------------------------------------- weights
+
+
+def heavy(rows: int = 1) -> ov.Model:
+    """Two wide layers: all its time is the fetching of weights, unless many rows share them."""
+    x = ops.parameter([rows, 1024], np.float32, name="x")
+    x.output(0).set_names({"x"})
+    rng = np.random.default_rng(1)
+    y: ov.Node = x
+    for number in range(2):
+        weights = ops.constant(rng.normal(size=(1024, 1024), scale=0.03).astype(np.float32))
+        y = ops.relu(ops.matmul(y, weights, False, False, name=f"wide{number}"))
+    y.output(0).set_names({"y"})
+    return ov.Model([y], [x], "heavy")
+
+
+def test_weights_bind_a_model_that_uses_each_of_them_once(model: ov.Model) -> None:
+    traffic = weigh(heavy())
+    assert traffic is not None
+    assert traffic.fetched == 2 * 1024 * 1024 * 4 >= LEAST_BYTES
+    assert traffic.is_bound
+    shared = weigh(heavy(rows=64))
+    assert shared is not None
+    assert not shared.is_bound
+    convolutions = weigh(model)
+    assert convolutions is not None
+    assert not convolutions.is_bound
+
+
+def test_weight_only_candidates_are_judged_where_weights_bind(tmp_path: Path) -> None:
+    wide = heavy()
+    spec = TensorSpec(name="x", shape=(1, 1024), dtype="float32")
+    data = from_arrays(RNG.normal(size=(12, 1024)).astype(np.float32), inputs=[spec])
+    store = Store.open("judge", root=tmp_path)
+    judge = Judge(
+        workshop=Workshop(source=wide, calibration=data, device=Device.CPU, store=store),
+        yardstick=Ruler(),
+        metric=Closeness(near=1.0),
+        budget=AccuracyBudget(max_drop=0.1),
+        data=data,
+        reference=predict(wide, data, properties=F32),
+        seed=0,
+        store=store,
+    )
+    judge.judge_anchors({"float": [FLOAT], "plain INT8": [INT8]})
+    (reason,) = search_weights(judge, options(), say=lambda text: None)
+    tried = [t.plan.weights.mode for t in judge.trials if t.plan.weights is not None]
+    assert tried == ["int8_asym", "int4_asym"]
+    assert all(t.state is TrialState.COMPLETE for t in judge.trials if t.plan.weights is not None)
+    assert "8.0 of 8.0 MiB" in reason
+
+
+def test_a_model_that_weights_do_not_bind_is_left_alone(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge = judge_of(model, reference, tmp_path, Ruler())
+    judge.judge_anchors({"float": [FLOAT], "plain INT8": [INT8]})
+    assert search_weights(judge, options(), say=lambda text: None) == []
+    assert len(judge.trials) == 2
