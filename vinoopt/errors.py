@@ -13,8 +13,10 @@
     │   ├── ProfileError             a hardware profile file: unknown name, key or value
     │   ├── TargetError              a target that the profile or this machine does not have
     │   ├── PlanError                a compression plan that does not fit the model
-    │   └── BundleError              the output folder: not a bundle, damaged, or in the way
+    │   ├── BundleError              the output folder: not a bundle, damaged, or in the way
+    │   └── ExtraMissing             an optional package that was asked for is not installed
     ├── CompressionError          1  pruning or quantization failed on a model that looked fine
+    │   └── DistillationError        the model cannot be trained, or came out no better; it is as it was
     ├── DeviceError               1  OpenVINO could not compile for, or run on, a device of this machine
     └── ToolchainError            1  an offline toolchain
         ├── ToolchainMissing         not installed; the message says how to get it
@@ -81,8 +83,16 @@ class BundleError(InputError):
     """The output folder is not a bundle, is damaged, or is in the way."""
 
 
+class ExtraMissing(InputError):  # noqa: N818 - reads as the state it reports
+    """An optional package that was asked for is not installed; the message says how to get it."""
+
+
 class CompressionError(VinooptError):
     """Pruning or quantization failed on a model that looked fine."""
+
+
+class DistillationError(CompressionError):
+    """A compressed model cannot be trained; it is left as it was."""
 
 
 class DeviceError(VinooptError):

@@ -350,11 +350,14 @@ class CompressionPlan(Record):
     quantization: QuantizationPlan | None = None
     weights: WeightCompressionPlan | None = None
     float_precision: Precision = Precision.F32
+    distillation: DistillationPlan | None = None
+    """What was trained after all that."""
 
     @property
     def title(self) -> str:
-        """A short name for tables: `f32`, `bf16`, `int8`, `int8+f32(3)`, `pruned int8`."""
-        parts = ["pruned "] if self.widths else []
+        """A short name for tables: `f32`, `bf16`, `int8`, `int8+f32(3)`, `pruned int8`, `distilled pruned int8`."""
+        parts = ["distilled "] if self.distillation is not None else []
+        parts += ["pruned "] if self.widths else []
         if self.quantization is not None:
             parts.append("int8")
             if self.quantization.float_layers:
