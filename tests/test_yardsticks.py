@@ -340,7 +340,10 @@ class FakeNpu:
 
 
 @pytest.fixture
-def npu(model: ov.Model, data: Dataset) -> NpuYardstick:
+def npu(
+    model: ov.Model, data: Dataset, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> NpuYardstick:
+    monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     return NpuYardstick(**given("lunar-lake:NPU", model, data), toolchain=FakeNpu())
 
 
@@ -350,6 +353,26 @@ def test_npu_latency_is_modelled_and_its_bound_is_told(npu: NpuYardstick, quanti
     assert found.source == "a fake"
     assert found.warnings == ("the modelled latency is a lower bound", "TopK counts as nothing")
     assert npu.float_precisions == (Precision.F16,)
+
+
+def test_npu_candidates_are_timed_with_the_tiles_that_suit_their_kind(
+    npu: NpuYardstick, model: ov.Model, quantized: ov.Model, data: Dataset
+):
+    class Picky(FakeNpu):
+        """Float is best with four tiles, INT8 with three."""
+
+        def estimate_latency(self, path: Path, *words: Any, **options: Any) -> NpuEstimate:
+            found = super().estimate_latency(path, *words, **options)
+            tiles = found.properties.as_dict().get("NPU_TILES", "6")
+            is_best = tiles == ("3" if "FakeQuantize" in path.read_text() else "4")
+            return found.model_copy(update={"latency_ms": 1.0 if is_best else 2.0})
+
+    npu.toolchain = Picky()
+    assert npu.measure(FLOAT16, model).latency_p50_ms == npu.measure(INT8, quantized).latency_p50_ms == 1.0
+    assert npu.compare({"one": (INT8, quantized, RuntimeProperties())}).measurements[0].latency_p50_ms == 1.0
+    again = NpuYardstick(**given("lunar-lake:NPU", model, data), toolchain=Picky())
+    assert again.measure(INT8, quantized).latency_p50_ms == 1.0
+    assert again.toolchain.estimates == 1  # the number of tiles was kept
 
 
 def test_npu_outputs_are_those_of_this_cpu_in_f32(npu: NpuYardstick, model: ov.Model, data: Dataset):

@@ -24,8 +24,10 @@ from vinoopt.records import (
     RuntimeProperties,
     Target,
 )
+from vinoopt.store import Memo, Store, cache_folder
 from vinoopt.toolchains.npu import DEFAULT_TIMEOUT_S, NpuEstimate, NpuToolchain
-from vinoopt.toolchains.npu_tuning import NpuTuning, tune_npu
+from vinoopt.toolchains.npu_routes import openvino_version
+from vinoopt.toolchains.npu_tuning import TILES, NpuTuning, tune_npu
 from vinoopt.yardsticks.base import (
     F32,
     F32_HERE,
@@ -50,6 +52,8 @@ class NpuYardstick:
     """The float model."""
     samples: Sequence[Sample]
     toolchain: NpuToolchain = field(default_factory=NpuToolchain)
+    _tiles: Memo | None = field(default=None, init=False)
+    """`float` and `INT8` -> number of tiles; see `_base`."""
 
     def require(self) -> None:
         """Raises `ToolchainMissing` where no compiler with a cost model is here: nothing could be ranked.
@@ -81,7 +85,7 @@ class NpuYardstick:
 
     def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
         """Modelled latency of the candidate; the same every time."""
-        return self._measurement(plan.title, model, runtime_properties(plan, Device.NPU))
+        return self._measurement(plan.title, model, self._base(plan, model))
 
     def measure_together(
         self, candidates: Sequence[tuple[CompressionPlan, ov.Model]]
@@ -97,13 +101,14 @@ class NpuYardstick:
         self, plan: CompressionPlan, model: ov.Model, blocks: Sequence[str]
     ) -> Mapping[str, float]:
         """Modelled microseconds per block: each with its bias, its quantizers and what is fused into it."""
-        estimate = self._estimate(model, runtime_properties(plan, Device.NPU))
+        estimate = self._estimate(model, self._base(plan, model))
         return times_of_blocks(model, blocks, estimate.layer_us)
 
     def compare(self, candidates: Mapping[str, Entry]) -> ModelledBench:
-        """Modelled latencies with the properties of each; ratios are exact, as far as the cost model goes."""
+        """Modelled latencies, each with the best number of tiles; ratios are exact, as far as the cost model goes."""
         found = tuple(
-            self._measurement(name, model, properties) for name, (_, model, properties) in candidates.items()
+            self._measurement(name, model, self._base(plan, model))
+            for name, (plan, model, _) in candidates.items()
         )
         return ModelledBench(measurements=found)
 
@@ -130,6 +135,31 @@ class NpuYardstick:
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
         """This machine's CPU in f32: an NPU's arithmetic cannot be run here."""
         return Device.CPU, F32
+
+    def _base(self, plan: CompressionPlan, model: ov.Model) -> RuntimeProperties:
+        """What candidates are compiled with: the number of tiles that is best for the first of their kind.
+
+        The compiler's default is up to twice as slow for small networks, and INT8 may need fewer tiles than float:
+        with the default, the search would compare models that are not shipped. The number is kept by content of
+        the float model, so that a search that is taken up again goes on with it.
+        """
+        default = runtime_properties(plan, Device.NPU)
+
+        def best() -> str | None:
+            with saved(model) as path:
+                tuning = tune_npu(self.toolchain, path, self.spec, base=default, tiles_only=True)
+            return tuning.properties.as_dict().get(TILES)
+
+        tiles = self._kept().once("float" if plan.quantization is None else "INT8", best)
+        return default if tiles is None else RuntimeProperties.of({**default.as_dict(), TILES: tiles})
+
+    def _kept(self) -> Memo:
+        if self._tiles is None:
+            with saved(self.reference) as path:
+                content = [serde.sha256_file(path.with_suffix(end)) for end in (".xml", ".bin")]
+            key = (content, serde.to_json(self.spec), openvino_version())
+            self._tiles = Store.open("tiles", *key, root=cache_folder() / "npu-estimates").memo("tiles.jsonl")
+        return self._tiles
 
     def _without_blob(self, properties: RuntimeProperties, exc: ToolchainError) -> Build:
         message = f"no blob was made for {self.spec.name}; compile the IR on the machine itself: {exc}"
