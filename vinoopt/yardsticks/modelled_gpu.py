@@ -134,7 +134,9 @@ class ModelledGpuYardstick:
         Where the driver is missing, crashed or timed out, the build's evidence is `NOT_CHECKED` and a diagnostic
         says how to get it. Raises `ToolchainRefused` where the compiler looked at the model and said no.
         """
-        content = digest(serde.to_json(properties), *(_sha256(ir.with_suffix(end)) for end in (".xml", ".bin")))
+        content = digest(
+            serde.to_json(properties), *(_sha256(ir.with_suffix(end)) for end in (".xml", ".bin"))
+        )
         if content not in self._builds:
             try:
                 build = self.toolchain.compile(
