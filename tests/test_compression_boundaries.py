@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import openvino as ov
@@ -103,6 +104,15 @@ def test_what_was_seen_gives_the_costs_back() -> None:
     mixes = [set(names), {"b1", "b3", "b5"}, {"b0", "b1"}]
     fitted = fit_costs(truth.neighbours, truth.gains_us, [(m, truth.beyond_int8_us(m)) for m in mixes])
     assert (fitted.scale, fitted.conversion_us) == pytest.approx((1.3, 2.5), rel=0.2)
+
+
+def test_what_float_costs_beyond_kernels_is_shared_out_by_what_blocks_write() -> None:
+    names = [f"b{i}" for i in range(4)]
+    neighbours = replace(chain(4), sizes={"b0": 9 * UNIT, "b1": UNIT, "b2": UNIT, "b3": UNIT})
+    # Kernels say that INT8 gains nothing; the whole model says that it gains 24 us.
+    fitted = fit_costs(neighbours, dict.fromkeys(names, -0.1), [(set(names), 24.0), ({"b0"}, 18.0 + 4.0)])
+    assert fitted.own_us["b0"] > 8 * fitted.own_us["b1"] > 0
+    assert fastest_mix(fitted) == frozenset()
 
 
 def test_a_latency_that_another_process_spoilt_does_not_undo_what_kernels_say() -> None:

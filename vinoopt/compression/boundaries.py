@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -38,8 +38,8 @@ _ABSENT = frozenset({"Parameter", "Result", "Constant", "ShapeOf"})
 _LARGEST = 1 << 28
 """Capacities are integers of 32 bits, and two tensors may lie between the same two nodes."""
 _MOST_CUTS = 48
-_TRUST = 0.5
-"""Share of the float model's row that kernel times count for beside it."""
+_TRUST, _DOUBT = 0.5, 0.1
+"""Shares of a model's row that prior beliefs count for beside what was seen."""
 _SCALES = (1.0, 0.5, 0.2, 0.0)
 """Conversion costs at which frontiers are traced, as shares of the true one: with the whole cost few mixes are
 corners of the frontier, since blocks change only in regions; the others lie between those corners."""
@@ -66,6 +66,8 @@ class Neighbours:
     floats: frozenset[int]
     """Nodes that compute in float whatever is chosen."""
     tensors: tuple[Tensor, ...]
+    sizes: Mapping[str, float] = field(default_factory=dict)
+    """Block -> elements that it writes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +81,18 @@ class MixCosts:
     """Latency that a microsecond of kernels stands for."""
     conversion_us: float = 0.0
     """Of as many elements as `_STARTING_ELEMENTS`, and of starting a conversion, each."""
+    traffic_us: float = 0.0
+    """What a float block's output costs everything behind it, per `_STARTING_ELEMENTS`, beyond what INT8 does."""
+
+    @property
+    def own_us(self) -> Mapping[str, float]:
+        """What each block costs more in float than in INT8, conversions left out."""
+        sizes = self.neighbours.sizes
+        return {
+            name: self.scale * self.gains_us.get(name, 0.0)
+            + self.traffic_us * sizes.get(name, 0.0) / _STARTING_ELEMENTS
+            for name in self.neighbours.blocks
+        }
 
     def conversions_us(self, floats: Collection[str]) -> float:
         """Of the mix with `floats` in float, beyond those that the model has in INT8 throughout."""
@@ -86,8 +100,8 @@ class MixCosts:
 
     def beyond_int8_us(self, floats: Collection[str]) -> float:
         """How much slower than INT8 throughout the mix is predicted to be; negative where it is faster."""
-        own = self.scale * sum(self.gains_us.get(name, 0.0) for name in floats)
-        return own + self.conversions_us(floats)
+        own = self.own_us
+        return sum(own[name] for name in floats) + self.conversions_us(floats)
 
 
 def find_neighbours(model: ov.Model, blocks: Collection[str]) -> Neighbours:
@@ -116,8 +130,17 @@ def find_neighbours(model: ov.Model, blocks: Collection[str]) -> Neighbours:
                 left, count = count, count + 1
             tensors += [Tensor(left=left, right=right, elements=elements) for right in readers]
     known = {name: place for name, place in places.items() if name in names}
+    sizes = {
+        node.get_friendly_name(): _elements(node.output(0))
+        for node in model.get_ops()
+        if node.get_friendly_name() in known
+    }
     return Neighbours(
-        blocks=known, nodes=count, floats=frozenset(floats - set(known.values())), tensors=tuple(tensors)
+        blocks=known,
+        nodes=count,
+        floats=frozenset(floats - set(known.values())),
+        tensors=tuple(tensors),
+        sizes=sizes,
     )
 
 
@@ -160,22 +183,28 @@ def fit_costs(
 ) -> MixCosts:
     """The costs that explain best how much slower than INT8 throughout mixes were seen to be.
 
-    `seen` holds blocks in float and microseconds. Two figures are fitted, neither negative: the latency behind a
-    microsecond of kernels, and the cost of a conversion. The first is held near 1 as by `_TRUST` of a further mix:
-    latencies of a few rounds on a busy machine say less than the counters of kernels.
+    `seen` holds blocks in float and microseconds. Three figures are fitted, none negative: the latency behind a
+    microsecond of kernels, the cost of a conversion, and that of float outputs for the operators between blocks.
+    Latencies of a few rounds on a busy machine say less than the counters of kernels, so the first is held near 1
+    as by `_TRUST` of a further mix, and the last near 0.
     """
     base = _conversions(neighbours, ())
-    rows = np.array(
-        [
-            [sum(gains_us.get(name, 0.0) for name in floats), _conversions(neighbours, floats) - base]
-            for floats, _ in seen
-        ]
-    ).reshape(-1, 2)
-    trust = _TRUST * sum(max(gain, 0.0) for gain in gains_us.values())
-    rows = np.vstack([rows, [trust, 0.0]])
-    (scale, conversion), _ = nnls(rows, np.array([*(slower for _, slower in seen), trust], np.float64))
+
+    def row(floats: Collection[str]) -> list[float]:
+        kernels = sum(gains_us.get(name, 0.0) for name in floats)
+        written = sum(neighbours.sizes.get(name, 0.0) for name in floats) / _STARTING_ELEMENTS
+        return [kernels, _conversions(neighbours, floats) - base, written]
+
+    trust = _TRUST * sum(abs(gain) for gain in gains_us.values())
+    doubt = _DOUBT * row(list(neighbours.blocks))[2]
+    rows = np.array([*(row(floats) for floats, _ in seen), [trust, 0.0, 0.0], [0.0, 0.0, doubt]])
+    (scale, conversion, traffic), _ = nnls(rows, np.array([*(slower for _, slower in seen), trust, 0.0], np.float64))
     return MixCosts(
-        neighbours=neighbours, gains_us=gains_us, scale=float(scale), conversion_us=float(conversion)
+        neighbours=neighbours,
+        gains_us=gains_us,
+        scale=float(scale),
+        conversion_us=float(conversion),
+        traffic_us=float(traffic),
     )
 
 
@@ -214,12 +243,10 @@ def _corners(costs: MixCosts, damages: Mapping[str, float], share: float) -> set
     """The corners of the convex frontier when conversions cost `share` of what they do."""
 
     def at(floats: frozenset[str]) -> tuple[float, float]:
-        own = costs.scale * sum(costs.gains_us.get(name, 0.0) for name in floats)
-        blocks = costs.neighbours.blocks
-        damage = sum(damages.get(name, 0.0) for name in blocks if name not in floats)
-        return damage, own + share * costs.conversions_us(floats)
+        damage = sum(damages.get(name, 0.0) for name in costs.neighbours.blocks if name not in floats)
+        return damage, sum(own[name] for name in floats) + share * costs.conversions_us(floats)
 
-    everything = frozenset(costs.neighbours.blocks)
+    own, everything = costs.own_us, frozenset(costs.neighbours.blocks)
     fast = _solve(costs, damages, damage_us=0.0, share=share)
     found = {everything: at(everything), fast: at(fast)}
     open_pairs, cuts = [(everything, fast)], 0
@@ -243,8 +270,9 @@ def _solve(costs: MixCosts, damages: Mapping[str, float], *, damage_us: float, s
     """The blocks in float of the mix with the least time and damage, a unit of damage counting `damage_us`."""
     stay: dict[int, float] = {}
     go: dict[int, float] = {}
+    own = costs.own_us
     for name, place in costs.neighbours.blocks.items():
-        gain, damage = costs.scale * costs.gains_us.get(name, 0.0), damages.get(name, 0.0)
+        gain, damage = own[name], damages.get(name, 0.0)
         stay[place] = max(gain, 0.0)
         go[place] = max(-gain, 0.0) + (damage * damage_us if math.isfinite(damage) else math.inf)
     between = _weights(costs.neighbours) * costs.conversion_us * share

@@ -232,6 +232,8 @@ class _Run:
                 low, best = middle, trial if trial.state is TrialState.COMPLETE else best
             else:
                 high = middle
+            if trial.state is TrialState.SLOWER and not self._worth(points[low + 1 : high], is_said=False):
+                break  # what was seen since has corrected the costs: nothing that is left can pay
         return best
 
     def _can_pay(self, whole: CompressionPlan) -> bool:
@@ -246,11 +248,11 @@ class _Run:
         )
         return False
 
-    def _worth(self, points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
+    def _worth(self, points: Sequence[FrontierPoint], *, is_said: bool = True) -> list[FrontierPoint]:
         mixed = [point for point in points if INT8 in point.picks.values()]  # else it is the float model
         best_us = self._best_ms() * 1e3
         found = [p for p in mixed if self._predicted_us(p) < _FASTER * best_us]
-        if mixed and not found:
+        if mixed and not found and is_said:
             nearest = min(map(self._predicted_us, mixed))
             self.reasons.append(
                 f"no other mix of INT8 and float is predicted to be faster than what is known: at best "
