@@ -11,14 +11,14 @@ FINAL_S = {"fast": 1.5, "balanced": 4.0, "thorough": 8.0}
 """Per contestant of a final comparison, by effort."""
 TUNING_S = 15.0
 """For the heats of runtime settings."""
-LEAST_SEARCH = 0.25
+LEAST_SEARCH = 0.4
 """Of a time limit, what the search has even where the stages that must follow would leave less."""
 _FINAL_SHARE = 0.02
 """Of a time limit, what one contestant of a final comparison is measured for; at most `FINAL_S`."""
 _LEAST_FINAL_S = 0.4
 _FINALISTS = 6
 """Contestants in the two final comparisons of one target, usually."""
-_WRITING_S = 4.0
+_WRITING_S = 3.0
 """For golden outputs and their replay in a fresh process."""
 _TUNING_SHARE = 0.15
 """Of a time limit, what tuning may have."""

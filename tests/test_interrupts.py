@@ -1,0 +1,106 @@
+"""Ctrl-C and time limits at every stage of a run: a valid bundle, or nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper, parser
+
+import vinoopt
+from vinoopt.bundle import damaged_files
+from vinoopt.cli.main import INTERRUPTED, main
+from vinoopt.records import Event
+
+MODEL = """<ir_version: 8, opset_import: ["": 17]>
+g (float[1,3,8,8] x) => (float[1,10] y) {
+  c = Conv<pads=[1,1,1,1]>(x, w)  r = Relu(c)  d = Conv(r, v)  p = GlobalAveragePool(d)  y = Flatten(p)
+}"""
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    graph = parser.parse_model(MODEL)
+    rng = np.random.default_rng(1)
+    for name, shape in {"w": (32, 3, 3, 3), "v": (10, 32, 1, 1)}.items():
+        weights = rng.standard_normal(shape).astype(np.float32) / math.sqrt(math.prod(shape[1:]))
+        graph.graph.initializer.append(numpy_helper.from_array(weights.astype(np.float32), name))
+    onnx.save(graph, tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+DATA = np.random.default_rng(0).standard_normal((40, 3, 8, 8)).astype(np.float32)
+
+
+def stop_at(words: str) -> object:
+    def listener(event: Event) -> None:
+        if words in event.message:
+            raise KeyboardInterrupt
+
+    return listener
+
+
+@pytest.mark.parametrize("words", ["reading data", "float model on the search", "side by side with", "writing "])
+def test_an_interrupt_where_there_is_nothing_to_save_leaves_nothing(model: Path, tmp_path: Path, words: str) -> None:
+    output = tmp_path / "out" / "bundle"
+    output.parent.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        vinoopt.compile(
+            model, data=DATA, output=output, effort="fast", prune=False, time_limit_s=6.0, on_event=stop_at(words)
+        )
+    assert list(output.parent.iterdir()) == []
+
+
+def test_an_interrupt_before_the_first_trial_still_gives_the_float_model(model: Path, tmp_path: Path) -> None:
+    bundle = vinoopt.compile(
+        model, data=DATA, output=tmp_path / "o", effort="fast", time_limit_s=20.0, on_event=stop_at("float and plain")
+    )
+    assert bundle.manifest.interrupted
+    assert bundle.manifest.trials == 0
+    assert bundle.result("CPU").plan.title == "f32"
+    assert damaged_files(bundle) == ()
+
+
+def test_a_search_stopped_at_a_part_of_its_time_is_inside_the_budget(model: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    bundle = vinoopt.compile(model, data=DATA, output=tmp_path / "o", tune=False, time_limit_s=3.0)
+    assert time.monotonic() - started < 60  # much more than 3 s only where the machine is busy
+    result = bundle.result("CPU")
+    assert result.drop is not None
+    assert result.drop.value <= bundle.manifest.request.budget.max_drop
+    assert set(bundle.manifest.stages_s) >= {"anchors", "choose"}
+
+
+def test_the_command_line_says_that_it_was_interrupted(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vinoopt.pipeline.compile", interrupted)
+    np.save(tmp_path / "x.npy", DATA)
+    arguments = ["compile", str(model), "--data", str(tmp_path / "x.npy"), "-o", str(tmp_path / "o"), "--quiet"]
+    assert main(arguments) == INTERRUPTED
+    assert "no bundle was written" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_quiet_says_nothing_and_progress_tells_what_is_left(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "x.npy", DATA)
+    arguments = ["compile", str(model), "--data", str(tmp_path / "x.npy"), "--effort", "fast", "--no-prune",
+                 "--max-drop", "0.5", "--time-limit", "8s", "-o", str(tmp_path / "o")]  # fmt: skip
+    assert main(arguments) == 0
+    assert "left]" in capsys.readouterr().err
+    assert main([*arguments, "--force", "--quiet", "--json"]) == 0
+    assert capsys.readouterr().err == ""
