@@ -18,6 +18,7 @@ import openvino as ov
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset, from_arrays, load_dataset
 from vinoopt.accuracy.evaluate import Scores, predict, score
+from vinoopt.accuracy.labels import BoxLabels
 from vinoopt.accuracy.metrics import Metric, find_metric
 from vinoopt.demo import demo_files
 from vinoopt.frontend.normalize import SourceModel
@@ -27,6 +28,7 @@ from vinoopt.records import Comparison, PreprocessSpec
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("VINOOPT_SHARED", ROOT.parent / "shared"))
 CIFAR = (PreprocessSpec(mean=(123.675, 116.28, 103.53), scale=(58.395, 57.12, 57.375)),)
+STATUS = Path("/proc/self/status")
 CALIBRATION = 1000
 """Most images that calibration and refit may see where a model's data has a part for them."""
 
@@ -101,6 +103,19 @@ def cases() -> dict[str, Case]:
             shape="[{},3,224,224]",
             metric_options={"label_offset": 1},
         ),
+        "vww": Case(
+            model=models / "tiny_vww96_mlperf.onnx",
+            load=_people,
+            preprocess=(PreprocessSpec(scale=(255.0,), fit="squash"),),
+            shape="[{},3,96,96]",
+        ),
+        "yolox_nano": Case(
+            model=models / "yolox_nano.onnx",
+            load=_objects,
+            preprocess=(PreprocessSpec(colour_order="BGR", fit="letterbox"),),
+            metric="map",
+            metric_options={"decoding": "yolox"},
+        ),
     }
 
 
@@ -111,8 +126,15 @@ def _divided(images: Any, labels: Any, share: float = 0.5) -> Parts:
     """A seeded permutation cut in two: the first part for calibration and search."""
     order = np.random.default_rng(0).permutation(len(images))
     first, second = order[: int(share * len(order))], order[int(share * len(order)) :]
+
+    def of(values: Any, chosen: np.ndarray) -> Any:
+        return values[chosen] if isinstance(values, np.ndarray) else [values[i] for i in chosen]
+
     return Parts(
-        search=images[first], search_labels=labels[first], test=images[second], test_labels=labels[second]
+        search=of(images, first),
+        search_labels=of(labels, first),
+        test=of(images, second),
+        test_labels=of(labels, second),
     )
 
 
@@ -140,16 +162,34 @@ def _calibrated(name: str, shaped: Callable[[np.ndarray], np.ndarray]) -> Parts:
     return Parts(calibration=calibration, **{k: v for k, v in vars(parts).items() if k != "calibration"})
 
 
-def _imagenet(source: SourceModel) -> Parts:
-    folder = SHARED / "data" / "imagenet_val"
+def _pictures(folder: str, labels: str, source: SourceModel) -> tuple[np.ndarray, Any]:
+    """All images of a folder as they are fed, and what their labels are."""
+    place = SHARED / "data" / folder
     dataset = load_dataset(
-        str(folder / "images"),
-        inputs=source.inputs,
-        labels=str(folder / "labels.csv"),
-        preprocess=source.preprocess,
+        str(place / "images"), inputs=source.inputs, labels=str(place / labels), preprocess=source.preprocess
     )
-    images = np.concatenate([sample[source.inputs[0].name] for sample in dataset])
-    return _divided(images, np.asarray(dataset.labels).ravel()[: len(images)], share=0.6)
+    return np.concatenate([sample[source.inputs[0].name] for sample in dataset]), dataset.labels
+
+
+def _imagenet(source: SourceModel) -> Parts:
+    images, labels = _pictures("imagenet_val", "labels.csv", source)
+    return _divided(images, np.asarray(labels).ravel(), share=0.6)
+
+
+def _objects(source: SourceModel) -> Parts:
+    return _divided(*_pictures("coco_train128", "labels", source))
+
+
+def _people(source: SourceModel) -> Parts:
+    """Whether a person takes half a percent of the image or more: Visual Wake Words (arXiv 1906.05721)."""
+    images, boxes = _pictures("coco_train128", "labels", source)
+    return _divided(images, np.asarray([_has_person(each) for each in boxes], np.int64))
+
+
+def _has_person(objects: BoxLabels) -> bool:
+    left, top, right, bottom = objects.boxes.T
+    share = (right - left) * (bottom - top) / (objects.size[0] * objects.size[1])
+    return bool(((objects.classes == 0) & (share >= 0.005)).any())
 
 
 def _magika(source: SourceModel) -> Parts:
@@ -195,6 +235,23 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def peak_bytes() -> int:
+    """The high-water mark of this process's resident memory, its libraries included.
+
+    On Linux not that of `getrusage`, which begins with the parent's.
+    """
+    if sys.platform.startswith("linux"):
+        line = next(each for each in STATUS.read_text().splitlines() if each.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def say(text: str) -> None:

@@ -8,7 +8,8 @@ the three growing at a time, and compiled for this machine's CPU with no labels 
 process of its own, so that its peak memory is its own. Stages are those of the events that `compile` sends; the
 search is cut after its last trial, where the choice on the test part and the final measurements begin. The peak is
 the process's high-water mark when the stage was left for the last time, so the stage at which it rises is the one
-that needs the memory. One JSON line per run goes to the output, a table to the terminal.
+that needs the memory. One JSON line per run goes to the output, a table to the terminal; what the output already
+holds is not run again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ DATA_SAMPLES = 400
 DEPTHS, WIDTHS, SAMPLES = (1, 2, 4), (16, 32, 64), (100, 300, 900)
 BASE = (2, 32, 300)
 QUICK = (1, 16, 100)
+LARGE = (8, 96, 300)
+"""The size of ResNet-50: 49 convolutions, 28 million parameters, 4.1 billion multiplications per image."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,10 @@ class Case:
     samples: int
 
 
-def cases(quick: bool) -> list[Case]:
-    """The base, and one of its three numbers changed at a time."""
-    if quick:
-        return [Case(*QUICK)]
+def cases(options: argparse.Namespace) -> list[Case]:
+    """The base, and one of its three numbers changed at a time; or a single one."""
+    if options.quick or options.large:
+        return [Case(*(QUICK if options.quick else LARGE))]
     depth, width, samples = BASE
     found = [
         *(Case(each, width, samples) for each in DEPTHS),
@@ -248,15 +251,18 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the smallest network only")
+    parser.add_argument("--large", action="store_true", help="one network of the size of ResNet-50 only")
     parser.add_argument("--effort", default="fast", choices=("fast", "balanced", "thorough"))
     parser.add_argument("--output", type=Path, default=Path("compile.jsonl"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
         return child(options.child, options.effort)
-    rows = []
-    with options.output.open("w", encoding="utf-8") as stream:
-        for row in rows_of(cases(options.quick), options):
+    text = options.output.read_text(encoding="utf-8") if options.output.is_file() else ""
+    rows = [row for row in map(json.loads, text.splitlines()) if "failed" not in row]
+    known = {Case(row["depth"], row["width"], row["samples"]) for row in rows if row["effort"] == options.effort}
+    with options.output.open("a", encoding="utf-8") as stream:
+        for row in rows_of([case for case in cases(options) if case not in known], options):
             stream.write(json.dumps(row) + "\n")
             stream.flush()
             rows.append(row)

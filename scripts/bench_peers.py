@@ -1,12 +1,14 @@
-"""What the same model costs and keeps by every road: float, bf16, plain NNCF, ONNX Runtime, vinoopt.
+"""What the same model costs and keeps by every road: float, bf16, NNCF, ONNX Runtime, vinoopt.
 
-    python scripts/bench_peers.py --output peers.jsonl                # all cases whose files are here
-    python scripts/bench_peers.py --case digits --case cifar_resnet20 --max-drop 0.01
+    python scripts/bench_peers.py --output peers.jsonl                # all models whose files are here
+    python scripts/bench_peers.py --models cifar_resnet20,yolox_nano --max-drop 0.01 --time-limit 1800
 
-Per case: half of the data (or its calibration part) is for compression, the rest for judgement; all roads are
-judged on the same images and measured side by side in one run. One JSON line per road goes to the output, and
-a table to the terminal at the end. Cases that the output already holds are skipped. Development models are
-looked for in VINOOPT_SHARED, else in ../shared beside the checkout.
+Per model: one part of the data is for calibration and search, another for judgement; all roads are judged on the
+same images and measured side by side in one run, first one request at a time, then for throughput. Every road is
+prepared in a process of its own with a time limit and an empty cache, so that seconds and peak memory are its own
+(libraries included); a road that fails or is late has a line that says so. One JSON line per road goes to the
+output, and a table to the terminal at the end. Models that the output already holds are skipped. Development models
+are looked for in VINOOPT_SHARED, else in ../shared beside the checkout.
 """
 
 from __future__ import annotations
@@ -14,294 +16,407 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
+from _cases import Case, Parts, aligned, cases, judged, peak_bytes, ratio, ratio_cell, say, whole_calls
 
 import vinoopt
-from vinoopt.accuracy.datasets import Dataset, from_arrays, load_dataset
-from vinoopt.accuracy.evaluate import predict, score
-from vinoopt.accuracy.metrics import find_metric
-from vinoopt.bench import BenchResult, Contestant, Engine, MeasureConfig, measure
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.accuracy.evaluate import Predictions, output_names, score
+from vinoopt.bench import BenchResult, Contestant, Engine, MeasureConfig, MeasureMode, Sample, measure
 from vinoopt.compression.quantize import quantize
-from vinoopt.demo import demo_files
 from vinoopt.errors import VinooptError
 from vinoopt.frontend.normalize import SourceModel
-from vinoopt.frontend.preprocess import compute, read_preprocess, resolve
-from vinoopt.records import AccuracyBudget, Device, PreprocessSpec, QuantizationPlan
+from vinoopt.frontend.preprocess import compute, resolve
+from vinoopt.records import AccuracyBudget, Device, QuantizationPlan
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("VINOOPT_SHARED", ROOT.parent / "shared"))
-SECONDS_PER_ROAD = 8.0
 MEASURED_SAMPLES = 32
-F32, BF16 = {"INFERENCE_PRECISION_HINT": "f32"}, {"INFERENCE_PRECISION_HINT": "bf16"}
-CIFAR = {"mean": (123.675, 116.28, 103.53), "scale": (58.395, 57.12, 57.375)}
+SUBSET = 300
+"""Samples that every quantizer calibrates on at most."""
+FLOAT, PLAIN, RESULT = "float f32", "nncf.quantize", "vinoopt"
+CONTROL, ORT, ORT_INT8 = "nncf accuracy control", "onnxruntime", "onnxruntime int8"
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Inputs and labels for compression and for judgement."""
+class Task:
+    """A model with its data, and how it is to be prepared."""
 
-    development: Any
-    development_labels: Any
-    test: Any
-    test_labels: Any
+    case: Case
+    source: SourceModel
+    parts: Parts
+    max_drop: float
+    effort: str
+    folder: Path
+
+    @property
+    def calibration(self) -> Dataset:
+        """What quantizers see."""
+        given = self.parts.calibration
+        return whole_calls(self.parts.search if given is None else given, None, self.source, 1)
 
 
 @dataclass(frozen=True)
-class Case:
-    """A model with its data."""
+class Prepared:
+    """A road that can be run; what it cost where it had to be prepared."""
 
+    name: str
     model: Path
-    load: Callable[[SourceModel], Parts]
-    preprocess: tuple[PreprocessSpec, ...] = ()
-    shape: str | None = None
-    metric_options: dict[str, int] = field(default_factory=dict)
+    properties: Mapping[str, str] = field(default_factory=dict)
+    engine: Engine = Engine.OPENVINO
+    seconds: float | None = None
+    peak_bytes: int | None = None
+    plan: str | None = None
 
 
-def halves(images: np.ndarray, labels: np.ndarray) -> Parts:
-    order = np.random.default_rng(0).permutation(len(images))
-    first, second = np.array_split(order, 2)
-    return Parts(images[first], labels[first], images[second], labels[second])
+# --------------------------------------------------------------------------- one road, in a process of its own
 
 
-def digits(source: SourceModel) -> Parts:
-    with np.load(demo_files().data) as data:
-        return halves(data["images"], data["labels"])
+def plain_int8(task: Task) -> dict[str, Any]:
+    model = quantize(task.source.model, QuantizationPlan(subset_size=SUBSET), task.calibration, device=Device.CPU)
+    return {"model": saved(model, task.folder / "plain")}
 
 
-def npz_parts(
-    name: str, calibration: int | None = None, channel: bool = False
-) -> Callable[[SourceModel], Parts]:
-    """The calibration and test parts that a development file has."""
+def accuracy_control(task: Task) -> dict[str, Any]:
+    """`nncf.quantize_with_accuracy_control` with the same budget; it validates on the search part."""
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # NNCF then uses its own stub
+    import nncf
 
-    def load(source: SourceModel) -> Parts:
-        with np.load(SHARED / "data" / name) as data:
-            images = {part: data[f"{part}_images"] for part in ("calib", "test")}
-            labels = {part: data[f"{part}_labels"].astype(np.int64) for part in ("calib", "test")}
-        if channel:
-            images = {part: values[..., None] for part, values in images.items()}
-        kept = slice(calibration)
-        return Parts(images["calib"][kept], labels["calib"][kept], images["test"], labels["test"])
+    validation = whole_calls(task.parts.search, task.parts.search_labels, task.source, 1)
+    metric, names = task.case.metric_for(task.source), output_names(task.source.model)
 
-    return load
+    def validate(compiled: ov.CompiledModel, chosen: Any) -> tuple[float, list[float] | None]:
+        part, found = validation.subset(np.asarray(list(chosen))), Predictions()
+        for sample in part:
+            values = (np.array(value) for value in compiled(sample).values())
+            found.append(dict(zip(names, values, strict=True)))
+        scores = score(metric, found, part)
+        return scores.value, [float(each) for each in scores.statistics] if metric.is_mean else None
 
-
-def imagenet(source: SourceModel) -> Parts:
-    folder = SHARED / "data" / "imagenet_val"
-    dataset = load_dataset(
-        str(folder / "images"),
-        inputs=source.inputs,
-        labels=str(folder / "labels.csv"),
-        preprocess=source.preprocess,
+    calibration = task.calibration
+    count = min(SUBSET, len(calibration))
+    model = nncf.quantize_with_accuracy_control(
+        task.source.model.clone(),
+        calibration_dataset=nncf.Dataset(range(count), calibration.__getitem__),
+        validation_dataset=nncf.Dataset(range(len(validation)), validation.__getitem__),
+        validation_fn=validate,
+        max_drop=task.max_drop,
+        drop_type=nncf.DropType.ABSOLUTE,
+        target_device=nncf.TargetDevice.CPU,
+        subset_size=count,
     )
-    name = source.inputs[0].name
-    images = np.concatenate([dataset[i][name] for i in range(len(dataset))])
-    return halves(images, np.asarray(dataset.labels))
+    return {"model": saved(model, task.folder / "control")}
 
 
-def magika(source: SourceModel) -> Parts:
-    with np.load(SHARED / "data" / "magika_v2_1_dev.npz") as data:
-        return halves(data["bytes"], data["labels"])
+def onnxruntime_int8(task: Task) -> dict[str, Any]:
+    """ONNX Runtime's static quantization to QDQ with INT8 weights per channel, as its guide advises for VNNI."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            calibration = task.calibration
+            self.rest = iter([own_inputs(task.source, calibration[i]) for i in range(min(SUBSET, len(calibration)))])
+
+        def get_next(self) -> Sample | None:
+            return next(self.rest, None)
+
+    place, clean = task.folder / "ort.onnx", task.folder / "ort-clean.onnx"
+    quant_pre_process(task.source.path, clean, skip_symbolic_shape=True)
+    quantize_static(
+        clean,
+        place,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return {"model": str(place), "engine": Engine.ONNXRUNTIME.value}
 
 
-def cases() -> dict[str, Case]:
-    models = SHARED / "models"
-    demo = demo_files()
-    preprocess = read_preprocess(demo.preprocess)
-    one_digit = "images[1,1,32,32]"
-    imagenet_rgb = (PreprocessSpec(mean=(127.5,), scale=(127.5,)),)
-    imagenet_bgr = (PreprocessSpec(colour_order="BGR", mean=(104.0, 117.0, 123.0)),)
-    cifar = (PreprocessSpec(**CIFAR),)
-    return {
-        "digits": Case(demo.model, digits, preprocess, one_digit),
-        "digits_wide": Case(ROOT / "tests" / "data" / "digits_wide.onnx", digits, preprocess, one_digit),
-        "mnist": Case(
-            models / "mnist_cntk.onnx", npz_parts("mnist_dev.npz", channel=True), (PreprocessSpec(),)
-        ),
-        "cifar_resnet20": Case(
-            models / "cifar_resnet20.onnx", npz_parts("cifar10_dev.npz", 1000), cifar, "x[1,3,32,32]"
-        ),
-        "cifar_resnet32": Case(
-            models / "cifar10_resnet32_akamaster_op11.onnx",
-            npz_parts("cifar10_dev.npz", 1000),
-            cifar,
-            "[1,3,32,32]",
-        ),
-        "magika": Case(models / "magika_standard_v2_1.onnx", magika, shape="bytes[1,4096]"),
-        "squeezenet": Case(models / "squeezenet1.0_fp32.onnx", imagenet, imagenet_bgr),
-        "mobilenetv2": Case(
-            models / "mobilenetv2_1.0_224_qatdeq.onnx",
-            imagenet,
-            imagenet_rgb,
-            "[1,3,224,224]",
-            {"label_offset": 1},
-        ),
-    }
-
-
-def run_case(name: str, case: Case, *, max_drop: float, effort: str, folder: Path) -> list[dict[str, Any]]:
-    """One row per road."""
-    source = vinoopt.load_model(case.model, shape=case.shape, preprocess=case.preprocess)
-    parts = case.load(source)
-    development = from_arrays(parts.development, inputs=source.inputs, labels=parts.development_labels)
-    test = from_arrays(parts.test, inputs=source.inputs, labels=parts.test_labels)
-
-    start = time.monotonic()
+def compiled_bundle(task: Task) -> dict[str, Any]:
+    parts = task.parts
     bundle = vinoopt.compile(
-        case.model,
-        data=parts.development,
-        labels=parts.development_labels,
+        task.case.model,
+        data=parts.search,
+        labels=parts.search_labels,
+        calibration_data=parts.calibration,
         test_data=parts.test,
         test_labels=parts.test_labels,
-        budget=AccuracyBudget(metric="top1", max_drop=max_drop),
-        metric_options=case.metric_options,
-        preprocess=case.preprocess,
-        shape=case.shape,
-        effort=effort,
-        output=folder / name,
+        budget=AccuracyBudget(metric=task.case.metric, max_drop=task.max_drop),
+        metric_options=task.case.metric_options,
+        preprocess=task.case.preprocess,
+        shape=task.case.shape_at(1),
+        effort=task.effort,
+        output=task.folder / "bundle",
+        force=True,
     )
-    seconds = {"vinoopt": time.monotonic() - start}
-    start = time.monotonic()
-    plain = quantize(source.model, QuantizationPlan(), development, device=Device.CPU)
-    seconds["nncf.quantize"] = time.monotonic() - start
-
     result = bundle.result("CPU")
-    contestants = [
-        Contestant(name="float f32", model=source.model, properties=F32),
-        Contestant(name="float bf16", model=source.model, properties=BF16),
-        Contestant(name="nncf.quantize", model=plain),
-        onnxruntime_contestant(source, test),
-        Contestant(
-            name="vinoopt",
-            model=folder / name / result.target.slug / "model.xml",
-            properties=result.properties.as_dict(),
-        ),
-    ]
-    samples = [test[i] for i in range(min(MEASURED_SAMPLES, len(test)))]
-    config = MeasureConfig(seconds=SECONDS_PER_ROAD * len(contestants))
-    measured = measure(contestants, samples, config=config)
-    accuracies = {each.name: accuracy(each, source, test, case) for each in contestants}
-    return [
-        {**row(name, each.name, measured), "accuracy": accuracies[each.name], "test_samples": test.samples,
-         "prep_seconds": seconds.get(each.name), "plan": result.plan.title if each.name == "vinoopt" else None}
-        for each in contestants
-    ]  # fmt: skip
+    return {
+        "model": str(bundle.path / result.target.slug / "model.xml"),
+        "properties": result.properties.as_dict(),
+        "plan": result.plan.title,
+    }
 
 
-def onnxruntime_contestant(source: SourceModel, test: Dataset) -> Contestant:
+ROADS: dict[str, Callable[[Task], dict[str, Any]]] = {
+    PLAIN: plain_int8,
+    CONTROL: accuracy_control,
+    ORT_INT8: onnxruntime_int8,
+    RESULT: compiled_bundle,
+}
+"""Roads that have to be prepared."""
+
+
+def saved(model: ov.Model, folder: Path) -> str:
+    folder.mkdir(exist_ok=True)
+    ov.save_model(model, folder / "model.xml", compress_to_fp16=False)
+    return str(folder / "model.xml")
+
+
+def own_inputs(source: SourceModel, sample: Sample) -> dict[str, Any]:
+    """A sample as the ONNX file takes it, preprocessed outside."""
     specs = resolve(source.preprocess, source.model_inputs)
     tensors = {spec.name: spec for spec in source.model_inputs}
-    own = [
-        {
-            key: compute(specs[key], value, tensors[key]) if key in specs else value
-            for key, value in test[i].items()
-        }
-        for i in range(min(MEASURED_SAMPLES, len(test)))
+    return {
+        name: compute(specs[name], value, tensors[name]) if name in specs else value for name, value in sample.items()
+    }
+
+
+def prepare(road: str, task: Task) -> dict[str, Any]:
+    started = time.monotonic()
+    found = ROADS[road](task)
+    return {**found, "name": road, "seconds": time.monotonic() - started, "peak_bytes": peak_bytes()}
+
+
+# --------------------------------------------------------------------------- one model, in a process of its own
+
+
+def run_case(name: str, task: Task, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row per road: prepared, judged, and measured with the others."""
+    roads = float_roads(task)
+    order, rows = [*(road.name for road in roads), *ROADS], []
+    for road in ROADS:
+        found = in_child(["--prepare", road], name, task.folder, options)
+        if isinstance(found, str):
+            rows.append({"case": name, "road": road, "failed": found})
+        else:
+            engine, model = Engine(found.pop("engine", Engine.OPENVINO.value)), Path(found.pop("model"))
+            roads.append(Prepared(**found, model=model, engine=engine))
+    test = whole_calls(task.parts.test, task.parts.test_labels, task.source, 1)
+    results = [side_by_side(roads, task.source, test, mode, options.seconds) for mode in MeasureMode]
+    for road in roads:
+        try:
+            value = accuracy_of(road, task, test)
+        except VinooptError as exc:
+            rows.append({"case": name, "road": road.name, "failed": str(exc).splitlines()[0]})
+            continue
+        rows.append(row(name, road, value, results, test))
+    yield from sorted(rows, key=lambda each: order.index(each["road"]))
+
+
+def float_roads(task: Task) -> list[Prepared]:
+    """The float model in f32, in the half format that the CPU has, and by ONNX Runtime."""
+    ir = Path(saved(task.source.model, task.folder / "float"))
+    capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    roads = [Prepared(FLOAT, ir, {"INFERENCE_PRECISION_HINT": "f32"})]
+    for capability, word in (("BF16", "bf16"), ("FP16", "f16")):
+        if capability in capabilities:
+            roads.append(Prepared(f"float {word}", ir, {"INFERENCE_PRECISION_HINT": word}))
+    return [*roads, Prepared(ORT, task.source.path, engine=Engine.ONNXRUNTIME)]
+
+
+def side_by_side(
+    roads: list[Prepared], source: SourceModel, test: Dataset, mode: MeasureMode, seconds: float
+) -> BenchResult:
+    samples = [test[i] for i in range(min(MEASURED_SAMPLES, len(test)))]
+    own = [own_inputs(source, sample) for sample in samples]
+    contestants = [
+        Contestant(
+            name=road.name,
+            model=road.model,
+            properties={**road.properties, **hint_for(road, mode)},
+            engine=road.engine,
+            samples=own if road.engine is Engine.ONNXRUNTIME else None,
+        )
+        for road in roads
     ]
-    return Contestant(name="onnxruntime", model=source.path, engine=Engine.ONNXRUNTIME, samples=own)
+    return measure(contestants, samples, config=MeasureConfig(mode=mode, seconds=seconds * len(contestants)))
 
 
-def accuracy(contestant: Contestant, source: SourceModel, test: Dataset, case: Case) -> float | None:
-    """Top-1 on the test part; None for ONNX Runtime, which is here for its speed only."""
-    if contestant.engine is Engine.ONNXRUNTIME:
-        return None
-    import openvino as ov
-
-    model = contestant.model
-    loaded = ov.Core().read_model(model) if isinstance(model, Path) else model
-    metric = find_metric("top1", outputs=source.outputs, has_labels=True, options=case.metric_options)
-    properties = {k: v for k, v in contestant.properties.items() if k != "PERFORMANCE_HINT"}
-    return score(metric, predict(loaded, test, properties=properties), test).value
+def hint_for(road: Prepared, mode: MeasureMode) -> dict[str, str]:
+    """A bundle's properties were tuned for latency; for throughput it gets the hint that all others get."""
+    return {"PERFORMANCE_HINT": mode.name} if "PERFORMANCE_HINT" in road.properties else {}
 
 
-def row(case: str, road: str, measured: BenchResult) -> dict[str, Any]:
-    one = measured.of(road)
+def accuracy_of(road: Prepared, task: Task, test: Dataset) -> float:
+    metric = task.case.metric_for(task.source)
+    if road.engine is Engine.OPENVINO:
+        return judged(road.model, road.properties, test, metric).value
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(road.model), providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_outputs()]
+    found = Predictions()
+    for i in range(len(test)):
+        values = session.run(None, own_inputs(task.source, test[i]))
+        found.append({key: np.asarray(value) for key, value in zip(names, values, strict=True)})
+    return score(metric, found, test).value
+
+
+def row(case: str, road: Prepared, accuracy: float, results: list[BenchResult], test: Dataset) -> dict[str, Any]:
+    alone, stream = results
+    one = alone.of(road.name)
     found: dict[str, Any] = {
         "case": case,
-        "road": road,
+        "road": road.name,
+        "accuracy": accuracy,
+        "test_samples": test.samples,
         "p50_ms": one.latency_p50_ms,
         "p90_ms": one.latency_p90_ms,
+        "per_s": stream.of(road.name).throughput_per_s,
         "size_bytes": one.size_bytes,
         "compile_ms": one.compile_ms,
-        "warnings": [*measured.warnings, *one.warnings],
+        "prep_seconds": road.seconds,
+        "prep_peak_bytes": road.peak_bytes,
+        "plan": road.plan,
+        "warnings": [*alone.warnings, *stream.warnings],
     }
-    for reference in ("float f32", "nncf.quantize"):
-        comparison = measured.compare(reference, road) if road != reference else None
-        found[f"speedup over {reference}"] = (
-            None
-            if comparison is None
-            else [comparison.speedup, comparison.low, comparison.high, comparison.is_significant]
-        )
+    known = {each.name for each in alone.measurements}
+    for reference in (FLOAT, PLAIN):
+        is_other = reference in known and road.name != reference
+        found[f"over {reference}"] = ratio(alone.compare(reference, road.name)) if is_other else None
+        found[f"stream over {reference}"] = ratio(stream.compare(reference, road.name)) if is_other else None
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    def speedup(cell: list[float] | None) -> str:
-        return "-" if cell is None else f"{cell[0]:.2f}x{'' if cell[3] else ' (n.s.)'}"
+# --------------------------------------------------------------------------- processes
 
-    head = ("case", "road", "top-1", "p50 ms", "vs f32", "vs nncf int8", "kB", "prep s", "plan")
-    lines = [head]
+
+def in_child(words: list[str], name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any] | str:
+    """The answer of this script run again with these words, or why there is none."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--models", name, "--folder", str(folder), *words]
+    command += ["--max-drop", str(options.max_drop), "--effort", options.effort, "--seconds", str(options.seconds)]
+    command += ["--time-limit", str(options.time_limit)]
+    with tempfile.TemporaryDirectory() as cache, (folder / "stderr.log").open("w+") as log:
+        env = {**os.environ, "VINOOPT_CACHE_DIR": cache}
+        try:
+            done = subprocess.run(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=env,
+                timeout=options.time_limit,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"not done after {options.time_limit:g} s"
+        log.seek(0)
+        last = [line for line in log.read().splitlines() if line.strip()][-1:]
+    if done.returncode != 0:
+        return f"ended with {done.returncode}: {' '.join(last)[:300]}"
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def child(options: argparse.Namespace) -> int:
+    """One road prepared, or one model run; JSON on the last line of stdout."""
+    (name,) = options.models
+    case = cases()[name]
+    source = case.source(1)
+    task = Task(case, source, case.load(source), options.max_drop, options.effort, options.folder)
+    print(json.dumps(prepare(options.prepare, task)))
+    return 0
+
+
+def all_rows(name: str, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        source = case.source(1)
+        task = Task(case, source, case.load(source), options.max_drop, options.effort, Path(folder))
+        return list(run_case(name, task, options))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = ("case", "road", "accuracy", "p50 ms", "over f32", "over nncf int8", "per s", "kB", "prep s", "peak MB")
+    lines: list[tuple[str, ...]] = [(*head, "plan")]
     for each in rows:
+        if "failed" in each:
+            lines.append((each["case"], each["road"], *["-"] * (len(head) - 2), f"failed: {each['failed']}"))
+            continue
         lines.append(
             (
                 each["case"],
                 each["road"],
-                "-" if each["accuracy"] is None else f"{each['accuracy']:.4f}",
-                f"{each['p50_ms']:.3f}",
-                speedup(each["speedup over float f32"]),
-                speedup(each["speedup over nncf.quantize"]),
+                f"{each['accuracy']:.4f}",
+                f"{each['p50_ms']:.3g}",
+                ratio_cell(each[f"over {FLOAT}"]),
+                ratio_cell(each[f"over {PLAIN}"]),
+                f"{each['per_s']:.4g}",
                 "-" if each["size_bytes"] is None else f"{each['size_bytes'] / 1000:.0f}",
                 "-" if each["prep_seconds"] is None else f"{each['prep_seconds']:.0f}",
+                "-" if each["prep_peak_bytes"] is None else f"{each['prep_peak_bytes'] / 1e6:.0f}",
                 each["plan"] or "",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return aligned(lines)
+
+
+def listed(text: str) -> list[str]:
+    """`a,b` as names of models."""
+    names = text.split(",")
+    for name in names:
+        if name not in cases():
+            raise argparse.ArgumentTypeError(f'no model "{name}"; there are {", ".join(cases())}')
+    return names
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=sorted(cases()), help="default: all that are here")
-    parser.add_argument("--output", type=Path, default=Path("peers.jsonl"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=listed, default=list(cases()), help="comma-separated; default: all here")
     parser.add_argument("--max-drop", type=float, default=0.01)
-    parser.add_argument("--effort", default="balanced")
+    parser.add_argument("--effort", default="balanced", choices=("fast", "balanced", "thorough"))
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each of two measurements, per road")
+    parser.add_argument("--time-limit", type=float, default=1800.0, help="seconds to prepare one road")
+    parser.add_argument("--output", type=Path, default=Path("peers.jsonl"))
+    parser.add_argument("--prepare", choices=tuple(ROADS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.prepare is not None:
+        return child(options)
 
-    known = (
-        [json.loads(line) for line in options.output.read_text().splitlines()]
-        if options.output.is_file()
-        else []
-    )
-    done = {each["case"] for each in known}
-    wanted = {name: case for name, case in cases().items() if not options.case or name in options.case}
-    failed = False
-    with tempfile.TemporaryDirectory() as folder, options.output.open("a") as stream:
-        for name, case in wanted.items():
+    text = options.output.read_text(encoding="utf-8") if options.output.is_file() else ""
+    known = [json.loads(line) for line in text.splitlines()]
+    done, failed = {each["case"] for each in known}, False
+    with options.output.open("a", encoding="utf-8") as stream:
+        for name in options.models:
+            case = cases()[name]
             if name in done or not case.model.is_file():
-                print(f"{name}: {'already there' if name in done else 'no model here'}", file=sys.stderr)
+                say(f"{name}: {'already there' if name in done else 'no model here'}")
                 continue
+            say(f"{name} ...")
             try:
-                rows = run_case(
-                    name, case, max_drop=options.max_drop, effort=options.effort, folder=Path(folder)
-                )
+                rows = all_rows(name, case, options)
             except VinooptError as exc:
-                print(f"{name}: {type(exc).__name__}: {exc}", file=sys.stderr)
+                say(f"{name}: {type(exc).__name__}: {exc}")
                 failed = True
                 continue
             stream.writelines(json.dumps(each) + "\n" for each in rows)
             stream.flush()
             known += rows
-            print(table(rows), file=sys.stderr)
-    print(table([each for each in known if each["case"] in wanted]))
+            say(table(rows))
+    with suppress(BrokenPipeError):
+        print(table([each for each in known if each["case"] in options.models]))
     return int(failed)
 
 

@@ -80,9 +80,13 @@ def compare_hints(
 
 
 def loses(row: dict[str, Any]) -> bool:
-    """Whether the tuned setting is slower beyond noise than the hint it was tuned from; a limit excuses that."""
+    """Whether a tuned setting is slower beyond noise than the hint it was tuned from.
+
+    A latency limit excuses that, and a default that stayed is the hint itself.
+    """
     hint = LATENCY if row["goal"] == "latency" else THROUGHPUT
-    return bool(row["limit_ms"] is None and row["over"][hint][2] < 1 and row["over"][hint][3])
+    is_rival = row["limit_ms"] is None and not row["is_default"]
+    return bool(is_rival and row["over"][hint][2] < 1 and row["over"][hint][3])
 
 
 def table(rows: list[dict[str, Any]]) -> str:

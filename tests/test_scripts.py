@@ -100,11 +100,37 @@ def test_a_small_network_is_compiled_and_its_stages_told() -> None:
 
 @pytest.mark.slow
 def test_the_demo_meets_its_peers() -> None:
-    told = run("bench_peers", "--case", "digits", "--effort", "fast")
+    told = run("bench_peers", "--models", "digits", "--effort", "fast", "--seconds", "1")
     roads = {row["road"]: row for row in lines("peers.jsonl")}
-    assert {"float f32", "nncf.quantize", "onnxruntime", "vinoopt"} <= set(roads)
+    assert {"float f32", "nncf.quantize", "nncf accuracy control", "onnxruntime", "onnxruntime int8"} <= set(roads)
+    assert not [road for road, row in roads.items() if "failed" in row]
+    prepared = [row for row in roads.values() if row["prep_seconds"] is not None]
+    assert all(row["prep_peak_bytes"] > 50e6 and row["per_s"] > 0 for row in prepared)
     assert roads["vinoopt"]["accuracy"] >= roads["float f32"]["accuracy"] - 0.03
     assert "vinoopt" in told.stdout
+
+
+@pytest.mark.slow
+def test_the_same_thing_twice_is_not_called_different() -> None:
+    words = ("--model", "digits", "--hint", "latency", "--runs", "3", "--seconds", "1")
+    script = [sys.executable, str(ROOT / "scripts" / "bench_trust.py"), "self", *words]
+    told = subprocess.run(script, capture_output=True, text=True, check=False)  # a busy machine may fail one of 3
+    assert "of 3" in told.stdout, told.stderr
+    assert len(list(lines("trust.jsonl"))) == 3
+    app = [sys.executable, str(ROOT / "scripts" / "bench_trust.py"), "benchmark_app", *words[:4], "--runs", "1"]
+    told = subprocess.run([*app, "--seconds", "1"], capture_output=True, text=True, check=False)
+    assert "median ms" in told.stdout, told.stderr
+
+
+@pytest.mark.slow
+def test_tuning_meets_the_hints() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "bench_tuning.py"), "--model", "digits", "--goal", "sweet spot"]
+    words = ("--tune-seconds", "2", "--seconds", "1")
+    told = subprocess.run([*script, *words], capture_output=True, text=True, check=False)
+    (row,) = lines("tuning.jsonl")
+    assert row["limit_ms"] > 0
+    assert set(row["over"]) == {"latency hint", "throughput hint"}
+    assert "sweet spot" in told.stdout
 
 
 @pytest.mark.slow
