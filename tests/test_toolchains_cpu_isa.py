@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from openvino import opset13 as ops
 
-from vinoopt.errors import ToolchainCrashed, ToolchainMissing, ToolchainRefused
+from vinoopt.errors import ToolchainCrashed, ToolchainMissing, ToolchainRefused, ToolchainTimeout
 from vinoopt.hardware.detect import cpu_flags
 from vinoopt.hardware.isa import ISAS
 from vinoopt.hardware.profile import load_profile
@@ -262,6 +262,21 @@ def test_latencies_come_raw_and_interleaved(tmp_path: Path):
     assert np.median(samples[1]) > 4 * np.median(samples[0])
     assert run.isa_cap == "AVX2"
     assert len(run.layers) == 2
+
+
+def test_time_limit_ends_the_child_and_outputs_are_the_same_in_every_run(tmp_path: Path):
+    model = convolution(tmp_path / "m.xml", quantized=True)
+    calls = tmp_path / "calls.npz"
+    write_calls(calls, [{"x": np.random.default_rng(0).random((1, 64, 16, 16), dtype=np.float32)}])
+
+    def outputs(name: str, timeout_s: float) -> np.ndarray:
+        job = PredictJob(model=model, calls=calls, outputs=tmp_path / name, properties=ONE_THREAD)
+        real("skylake").run_capped(cpu_of("skylake"), job, timeout_s=timeout_s)
+        return next(iter(read_calls(tmp_path / name)))["y"]
+
+    with pytest.raises(ToolchainTimeout, match="says nothing about the model"):
+        outputs("none.npz", 0.05)
+    np.testing.assert_array_equal(outputs("one.npz", 60), outputs("two.npz", 60))
 
 
 def test_outputs_under_the_cap_are_those_of_the_model(tmp_path: Path):

@@ -371,3 +371,38 @@ def test_real_driver_is_not_trusted_with_a_name_it_does_not_know(tmp_path: Path)
     assert isinstance(spec.offline, GpuOffline)
     unknown = spec.model_copy(update={"offline": spec.offline.model_copy(update={"families": ("xyzzy",)})})
     assert not toolchain.probe(unknown).ok
+
+
+@pytest.mark.offline
+def test_real_driver_that_crashes_is_survived_and_the_sibling_asked(tmp_path: Path):
+    toolchain = real("alder-lake-p")
+    spec = gpu_of("alder-lake-p")
+    build = toolchain.compile(
+        quantized(tmp_path / "two.xml"), spec, properties=NONE, output=tmp_path / "blob", timeout_s=120
+    )
+    if not build.details["driver"].startswith("22.43"):
+        pytest.skip(f"driver {build.details['driver']} knows adlp; 22.43 crashes")
+    assert build.details["driver_family"] == "tgllp"
+    assert isinstance(spec.offline, GpuOffline)
+    crashing = spec.offline.model_copy(update={"families": ("adlp",)})
+    with pytest.raises(ToolchainCrashed, match=r"SIGFPE.*says nothing about the model"):
+        toolchain.compile(
+            tmp_path / "two.xml",
+            spec.model_copy(update={"offline": crashing}),
+            properties=NONE,
+            output=tmp_path / "blob",
+            timeout_s=120,
+        )
+
+
+@pytest.mark.offline
+def test_real_driver_is_ended_at_the_time_limit_and_compiles_the_same_twice(tmp_path: Path):
+    toolchain, spec = real("alder-lake"), gpu_of("alder-lake")
+    model = quantized(tmp_path / "two.xml")
+
+    def build(timeout_s: float) -> Build:
+        return toolchain.compile(model, spec, properties=NONE, output=tmp_path / "blob", timeout_s=timeout_s)
+
+    with pytest.raises(ToolchainTimeout, match="says nothing about the model"):
+        build(0.05)
+    assert build(120).layers == build(120).layers

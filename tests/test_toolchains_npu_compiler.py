@@ -12,7 +12,7 @@ import openvino as ov
 import pytest
 from openvino import opset15 as ops
 
-from vinoopt.errors import ToolchainError, ToolchainRefused, ToolchainTimeout
+from vinoopt.errors import ToolchainCrashed, ToolchainError, ToolchainRefused, ToolchainTimeout
 from vinoopt.records import Device, DeviceSpec, Evidence, NpuOffline, Precision, RuntimeProperties
 from vinoopt.toolchains import npu_preflight
 from vinoopt.toolchains.npu import NpuToolchain
@@ -189,6 +189,13 @@ def test_unknown_platform_is_refused(toolchain, models, tmp_path):
 def test_time_limit_ends_the_compiler_and_the_next_run_works(toolchain, models, tmp_path):
     with pytest.raises(ToolchainTimeout):
         toolchain.compile(models["float"], npu(), properties=NONE, output=tmp_path / "x.blob", timeout_s=0.05)
+    assert build_for(toolchain, models["float"], tmp_path / "y.blob").latency_ms > 0
+
+
+def test_memory_limit_ends_the_compiler_and_the_next_run_works(toolchain, models, tmp_path):
+    small = replace(toolchain, memory_limit_bytes=1 << 20)
+    with pytest.raises(ToolchainCrashed, match="memory limit of 1 MiB"):
+        build_for(small, models["float"], tmp_path / "x.blob")
     assert build_for(toolchain, models["float"], tmp_path / "y.blob").latency_ms > 0
 
 
