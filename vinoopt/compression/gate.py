@@ -6,7 +6,8 @@ small numerical damage changes samples near the decision boundary, where the flo
 right than the other answer: of 230 such changes by INT8 and bf16 on seven models, 54% were losses. So the
 share of losses among changes gets a beta prior, worth so many changes (conjugate updating, Gelman et al. 2013,
 "Bayesian Data Analysis", section 2.4); heavy damage shows many changes and is not hidden by it. Other metrics are
-shrunk towards no drop as far as their interval cannot tell them from it (James and Stein 1961, positive part).
+shrunk towards no drop as far as their interval cannot tell them from it (James and Stein 1961, positive part), but
+not below a share of what was seen: an interval as wide as that of six samples says nothing for a candidate either.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ LOSSES = 0.6
 """Share of losses among changed samples, as the prior has it: a little more than was seen, to be careful."""
 CHANGES = 20.0
 """Changed samples that the prior is worth."""
+LEAST_KEPT = 0.3
+"""Of a drop that was seen, where the interval does not exclude that there is none."""
+LEAST_KEPT_OF_CHANGES = 0.5
+"""The same for metrics against the float model's own outputs, where every change is a loss."""
 _SIGMAS = 2 * 1.96
 """Standard deviations from end to end of a 95% interval."""
 
@@ -38,7 +43,8 @@ def expected_drop(metric: Metric, reference: Scores, candidate: Scores, drop: Dr
         if np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all() and not metric.needs_reference:
             return _of_hits(before, after) / (reference.value if drop.drop_type is DropType.RELATIVE else 1.0)
     sigma = (drop.high - drop.low) / _SIGMAS
-    return drop.value * max(1.0 - (sigma / drop.value) ** 2, 0.0)
+    least = LEAST_KEPT_OF_CHANGES if metric.needs_reference else LEAST_KEPT
+    return drop.value * max(1.0 - (sigma / drop.value) ** 2, least)
 
 
 def _of_hits(before: np.ndarray, after: np.ndarray) -> float:
