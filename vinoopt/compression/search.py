@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from vinoopt import serde
 from vinoopt.alarm import TimeIsUp, until
@@ -23,6 +24,10 @@ from vinoopt.compression.weight_search import search_weights
 from vinoopt.compression.width_search import BlockTables, WidthSearch
 from vinoopt.compression.widths import prepare
 from vinoopt.records import CompressionPlan, Trial, TrialState
+
+Beyond: TypeAlias = Callable[[float], CompressionPlan | None]
+"""From a share of the time of the best plan without pruning to the least damaging plan that is predicted to take no
+more; None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +44,8 @@ class SearchResult:
     """Blocks that the target's compiler does not take in INT8."""
     is_interrupted: bool = False
     """Whether the user ended it."""
+    beyond: Beyond | None = None
+    """What narrower models the search would go on to; None where it looked at no widths."""
 
     @property
     def candidates(self) -> tuple[Trial, ...]:
@@ -68,6 +75,7 @@ def search(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) 
         reasons=tuple(run.reasons),
         refused=run.refused,
         is_interrupted=is_interrupted,
+        beyond=run.beyond,
     )
 
 
@@ -82,6 +90,7 @@ class _Run:
         self.damages: Mapping[str, float] = {}
         self.gains: Mapping[str, float] = {}
         self.refused: frozenset[str] = frozenset()
+        self.beyond: Beyond | None = None
         self.reasons: list[str] = []
 
     def all(self) -> None:
@@ -169,10 +178,11 @@ class _Run:
             ground,
             multiple=self.options.channel_multiple,
             max_pruning=self.options.max_pruning,
-            rounds=ROUNDS[self.options.effort],
+            compare_orders=ROUNDS[self.options.effort] > 1,
             deadline=self.options.deadline,
             say=self.say,
         )
+        self.beyond = stage.beyond
         self.reasons += stage.run(BlockTables(damages=self.damages, gains_us=self.gains))
 
     def _inside(self) -> list[Trial]:

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import openvino as ov
 
 from vinoopt import serde
-from vinoopt.compression.frontier import FLOAT, INT8, FrontierPoint, Option, trace_frontier
+from vinoopt.compression.descent import Descent, Ground, Place
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import (
     RATIOS,
     PruningKit,
+    TimeModel,
     WidthTimes,
     offered_widths,
-    saved_times,
     width_damages,
-    width_options,
+    with_best_orders,
 )
-from vinoopt.records import CompressionPlan, GroupWidth, QuantizationPlan, Trial, TrialState
+from vinoopt.records import CompressionPlan, GroupWidth, Trial, TrialState
 
 _LEAST_GAIN = 0.02
-"""The bisection ends where its candidates differ by less than this share of the predicted time."""
+"""Candidates that differ by less than this share of the predicted time are not both judged."""
 _TIMING_SAMPLES = 4
 """Calibration calls for models that are only timed."""
-_GROUP, _BLOCK = "group ", "block "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class BlockTables:
 
 
 class WidthSearch:
-    """Finds the fastest pruned candidate inside the budget, by bisection along the joint frontier."""
+    """Finds the fastest pruned candidate inside the budget, by steps along a path of both."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class WidthSearch:
         *,
         multiple: int,
         max_pruning: float,
-        rounds: int,
+        compare_orders: bool,
         deadline: float | None,
         say: Callable[[str], None],
     ) -> None:
@@ -58,10 +58,14 @@ class WidthSearch:
         self.kit = kit
         self.ground = ground
         """The best plan without pruning: its recipe and formats are kept."""
-        self.rounds = rounds
-        """How often the frontier is traced, the first time included."""
+        self.compare_orders = compare_orders
+        """Whether each group's order of leaving is chosen by what it damages."""
         self.deadline = deadline
-        self.total_us = 0.0
+        self.free: frozenset[str] = frozenset()
+        """Blocks whose precision the path chooses too."""
+        self.path: Descent | None = None
+        self.ground_us = 0.0
+        """Predicted time of `ground`."""
         self.say = say
         self.offers = {
             group.name: offers
@@ -76,56 +80,93 @@ class WidthSearch:
         self.say(f"time of the blocks with {', '.join(f'{1 - r:.0%}' for r in RATIOS)} of their channels")
         times = self._block_times()
         self.say(f"damage of {sum(map(len, self.offers.values()))} widths of {len(self.offers)} groups")
+        if self.compare_orders:
+            self.kit = with_best_orders(self.kit, self.offers, self._probe, is_late=self._is_late)
         damages = width_damages(self.kit, self.offers, self._probe, is_late=self._is_late)
         if not damages:
             return ["the time limit left none for pruning"]
-        saved = saved_times(self.kit, damages, times)
-        items = {
-            _GROUP + name: width_options(
-                name, self.kit.coupling.group(name).units, damages[name], saved[name]
-            )
-            for name in damages
-        }
-        items |= self._block_items(tables)
-        self.total_us = sum(times.at(block, 1.0) for block in times.times)
-        points = trace_frontier(items)
-        if len(points) == 1:
-            return [f"no narrower group is predicted to save time on {self.judge.yardstick.target}"]
-        best = self._bisect(points)
-        for _ in range(self.rounds - 1):
-            if best is None or self._is_late():
-                break
-            again = self._around(best, damages, saved)
-            if again is None:
-                break
-            best = again
-        return [self._conclusion(best)]
+        clock = TimeModel(self.kit.coupling, times)
+        self.free = self._free_blocks(tables)
 
-    def _around(
-        self,
-        best: Trial,
-        damages: Mapping[str, Mapping[int, float]],
-        saved: Mapping[str, Mapping[int, float]],
-    ) -> Trial | None:
-        """A faster candidate, from damages measured again in the company of what `best` has removed already."""
-        widths = {width.group: len(width.kept) for width in best.plan.widths}
-        ground = self._probe(best.plan.widths)
-        items: dict[str, tuple[Option, ...]] = {}
-        self.say(f"damage of the next width of {len(damages)} groups, in the company of the best candidate")
-        for name, known in damages.items():
-            current = widths.get(name, self.kit.coupling.group(name).units)
-            smaller = [width for width in known if width < current]
-            if not smaller or self._is_late():
-                continue
-            step = max(smaller)
-            damage = max(self._probe(self.kit.widths({**widths, name: step})) - ground, 0.0)
-            gain = saved[name][step] - saved[name].get(current, 0.0)
-            items[_GROUP + name] = (
-                Option(name=str(current), damage=0.0, time_us=0.0),
-                Option(name=str(step), damage=damage, time_us=-gain),
+        def predict(widths: Mapping[str, int], floats: frozenset[str]) -> float:
+            return clock.at(widths) + sum(max(tables.gains_us.get(name, 0.0), 0.0) for name in floats)
+
+        path = Descent(
+            Ground(
+                units={group.name: group.units for group in self.kit.coupling.groups},
+                damages=damages,
+                block_damages={name: tables.damages[name] for name in self.free},
+                floats=self.free,
+            ),
+            predict=predict,
+            probe=lambda widths: self._probe(self.kit.widths(widths)),
+            is_late=self._is_late,
+        )
+        recipe = self.ground.quantization
+        floats = frozenset() if recipe is None else self.free & set(recipe.float_layers)
+        self.path, self.ground_us = path, predict({}, floats)
+        first = self._reach(path, damage=0.0, below_us=self.ground_us * (1 - 2 * _LEAST_GAIN))
+        if first is None:
+            return [f"no narrower group is predicted to save time on {self.judge.yardstick.target}"]
+        return [self._conclusion(self._follow(path, first, self.ground_us))]
+
+    def _follow(self, path: Descent, first: int, ground_us: float) -> Trial | None:
+        """The fastest candidate inside the budget along the path, whose reach doubles until it has left it.
+
+        Places that are not predicted to be faster than the ground by `_LEAST_GAIN` are not judged.
+        """
+        low, high, best = 0, first, None
+        while not self._is_late():
+            trial = self._judged(path.places[high])
+            if trial.state is not TrialState.COMPLETE:
+                break
+            here, low, best = path.places[high], high, trial
+            grown = 2.0 if (trial.drop or 0.0) > self.judge.budget.max_drop / 4 else 4.0
+            further = self._reach(
+                path, damage=here.damage * grown, below_us=here.time_us - _LEAST_GAIN * ground_us
             )
-        points = trace_frontier(items) if items else ()
-        return self._bisect(points, fixed=widths, recipe=best.plan.quantization)
+            if further is None:
+                return best
+            high = further
+        return self._between(path, (low, high), ground_us) or best
+
+    def _between(self, path: Descent, ends: tuple[int, int], ground_us: float) -> Trial | None:
+        """The fastest candidate between a place inside the budget and one outside; None: none is inside."""
+        low, high = ends
+        step, best = _LEAST_GAIN * ground_us, None
+        while high - low > 1 and not self._is_late():
+            middle = (low + high) // 2
+            if low and path.places[low].time_us < path.places[high].time_us + step:
+                break
+            if path.places[middle].time_us > ground_us - step:
+                low = middle
+                continue
+            trial = self._judged(path.places[middle])
+            if trial.state is TrialState.COMPLETE:
+                low, best = middle, trial
+            else:
+                high = middle
+        return best
+
+    def _reach(self, path: Descent, *, damage: float, below_us: float) -> int | None:
+        """The first place that damages so much and is so fast, or the last that there is below that time."""
+        index = 0
+        while not (path.places[index].damage >= damage and path.places[index].time_us < below_us):
+            index += 1
+            if index == len(path.places) and path.extend() is None:
+                index -= 1
+                return index if path.places[index].time_us < below_us else None
+        return index
+
+    def beyond(self, share: float) -> CompressionPlan | None:
+        """The plan with the least damage that is predicted to take this share of the ground's time, or less."""
+        if self.path is None:
+            return None
+        self.deadline = None  # the search may be over by now; who asks has time of his own
+        while self.path.places[-1].time_us > share * self.ground_us:
+            if self.path.extend() is None:
+                return None
+        return self._plan(next(p for p in self.path.places if p.time_us <= share * self.ground_us))
 
     # ------------------------------------------------------------------ tables
 
@@ -163,54 +204,26 @@ class WidthSearch:
         plan = CompressionPlan(widths=widths)
         return self.judge.damage(plan, lambda: self.kit.roughly(widths), is_shared=True, kind="rough")
 
-    def _block_items(self, tables: BlockTables) -> dict[str, tuple[Option, ...]]:
-        """Precisions take part where their damages are known; else each block stays as the ground has it."""
+    def _free_blocks(self, tables: BlockTables) -> frozenset[str]:
+        """Blocks whose precision is searched together with the widths: those whose damage is known."""
         if self.ground.quantization is None:
-            return {}
-        return {
-            _BLOCK + name: (
-                Option(name=FLOAT, damage=0.0, time_us=max(tables.gains_us.get(name, 0.0), 0.0)),
-                Option(name=INT8, damage=damage, time_us=max(-tables.gains_us.get(name, 0.0), 0.0)),
-            )
-            for name, damage in tables.damages.items()
-        }
+            return frozenset()
+        return frozenset(name for name, damage in tables.damages.items() if math.isfinite(damage))
 
     # ------------------------------------------------------------------ candidates
 
-    def _bisect(
-        self,
-        points: Sequence[FrontierPoint],
-        *,
-        fixed: Mapping[str, int] | None = None,
-        recipe: QuantizationPlan | None = None,
-    ) -> Trial | None:
-        """The fastest candidate inside the budget along `points`, whose first changes nothing; None: none is.
+    def _judged(self, place: Place) -> Trial:
+        plan = self._plan(place)
+        self.say(f"{plan.title}: {self._words(plan)}")
+        return self.judge.judge(plan, note=self._words(plan))
 
-        `fixed` widths hold for groups that the points do not name; `recipe` for blocks that they do not.
-        """
-        low, high, best = 0, len(points), None
-        while high - low > 1 and not self._is_late():
-            if high < len(points) and points[low].time_us - points[high].time_us < _LEAST_GAIN * self.total_us:
-                break
-            middle = (low + high) // 2
-            plan = self._plan(points[middle], fixed or {}, recipe or self.ground.quantization)
-            self.say(f"{plan.title}: {self._words(plan)}")
-            trial = self.judge.judge(plan, note=self._words(plan))
-            if trial.state is TrialState.COMPLETE:
-                low, best = middle, trial
-            else:
-                high = middle
-        return best
-
-    def _plan(
-        self, point: FrontierPoint, fixed: Mapping[str, int], recipe: QuantizationPlan | None
-    ) -> CompressionPlan:
-        kept = dict(fixed)
-        kept |= {n.removeprefix(_GROUP): int(p) for n, p in point.picks.items() if n.startswith(_GROUP)}
-        floats = {n.removeprefix(_BLOCK) for n, p in point.picks.items() if n.startswith(_BLOCK) and p == FLOAT}
-        if recipe is not None and any(n.startswith(_BLOCK) for n in point.picks):
-            recipe = _with_floats(recipe, floats | set(self.judge.workshop.ignored))
-        return serde.replace(self.ground, widths=self.kit.widths(kept), quantization=recipe)
+    def _plan(self, place: Place) -> CompressionPlan:
+        plan = serde.replace(self.ground, widths=self.kit.widths(place.widths))
+        if plan.quantization is not None and self.free:
+            fixed = set(plan.quantization.float_layers) - self.free
+            recipe = serde.replace(plan.quantization, float_layers=tuple(sorted(fixed | place.floats)))
+            plan = serde.replace(plan, quantization=recipe)
+        return plan
 
     def _words(self, plan: CompressionPlan) -> str:
         units = sum(self.kit.coupling.group(w.group).units for w in plan.widths)
@@ -233,7 +246,3 @@ class WidthSearch:
 
     def _is_late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
-
-def _with_floats(recipe: QuantizationPlan, floats: set[str]) -> QuantizationPlan:
-    return serde.replace(recipe, float_layers=tuple(sorted(floats)))
-

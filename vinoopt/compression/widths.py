@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ import numpy.typing as npt
 import openvino as ov
 
 from vinoopt.accuracy.datasets import Dataset
-from vinoopt.compression.frontier import Option
 from vinoopt.compression.groups import Coupling, find_groups
 from vinoopt.compression.refit import RefitSettings, correct_bias, mean_outputs, refit_local, refit_sequential
 from vinoopt.compression.saliency import Statistics, UnitOrder, collect_statistics, order_units
@@ -40,6 +39,8 @@ class PruningKit:
     coupling: Coupling
     statistics: Statistics
     orders: Mapping[str, UnitOrder]
+    others: Mapping[str, UnitOrder]
+    """The same by another criterion, for groups where that may serve better; see `with_best_orders`."""
     samples: Sequence[Sample]
     seed: int
 
@@ -97,11 +98,13 @@ def prepare(
     statistics = collect_statistics(model, readers, samples, seed=seed)
     say(f"importance of the channels of {len(coupling.groups)} groups")
     orders = order_units(model, coupling, statistics)
+    others = order_units(model, coupling, statistics, criterion="energy")
     return PruningKit(
         source=model,
         coupling=coupling,
         statistics=statistics,
         orders=orders,
+        others=others,
         samples=samples,
         seed=seed,
     )
@@ -128,6 +131,31 @@ def offered_widths(group: PruningGroup, *, multiple: int, max_pruning: float) ->
 
 
 # --------------------------------------------------------------------------- damage
+
+
+def with_best_orders(
+    kit: PruningKit,
+    offers: Mapping[str, Sequence[int]],
+    probe: Callable[[tuple[GroupWidth, ...]], float],
+    *,
+    is_late: Callable[[], bool],
+) -> PruningKit:
+    """The kit in which each group loses its units in that order which damages the model less at its middle width.
+
+    Elimination after optimal brain surgery foresees the refit, activation energy leans less on few samples; which
+    serves better differs from group to group.
+    """
+    orders = dict(kit.orders)
+    for name, other in kit.others.items():
+        width = _middle(offers.get(name, (0,)))
+        if is_late() or not width or other.kept(width) == orders[name].kept(width):
+            continue
+        damages = [
+            probe((GroupWidth(group=name, kept=order.kept(width)),)) for order in (orders[name], other)
+        ]
+        if damages[1] < damages[0]:
+            orders[name] = other
+    return replace(kit, orders=orders)
 
 
 def width_damages(
@@ -207,42 +235,43 @@ class WidthTimes:
         return self.overhead_us + float(np.interp(share, self.shares[::-1], values[::-1]))
 
 
-def saved_times(
-    kit: PruningKit, offers: Mapping[str, Iterable[int]], times: WidthTimes
-) -> dict[str, dict[int, float]]:
-    """Group -> width -> microseconds that this width alone saves, over all blocks that read or make its units.
+class TimeModel:
+    """Predicts a model's time at any widths.
 
     A block that keeps the share a of its inputs and b of its outputs is taken to cost what it cost when both
     kept sqrt(a b): the number of its multiplications is the same.
     """
-    saved: dict[str, dict[int, float]] = {}
-    for name, widths in offers.items():
-        offset, units = kit.coupling.offsets[name], kit.coupling.group(name).units
-        saved[name] = {}
-        for width in widths:
-            kept = np.ones(kit.coupling.units + 1, bool)  # the last one answers for -1, which is no unit
-            kept[offset : offset + units] = False
-            kept[[offset + unit for unit in kit.orders[name].kept(width)]] = True
-            saved[name][width] = sum(
-                times.at(layer.name, 1.0) - times.at(layer.name, _share(kept, layer.columns, layer.rows))
-                for layer in kit.coupling.layers
+
+    def __init__(self, coupling: Coupling, times: WidthTimes) -> None:
+        self._times = times
+        self._units = {group.name: group.units for group in coupling.groups}
+        spans = [(coupling.offsets[name], units, name) for name, units in self._units.items()]
+        self._layers = [
+            (layer.name, tuple(_parts(side, spans) for side in (layer.columns, layer.rows) if side.size))
+            for layer in coupling.layers
+        ]
+        self._known: dict[tuple[int, tuple[float, ...]], float] = {}
+
+    def at(self, widths: Mapping[str, int]) -> float:
+        """Microseconds of all blocks where the named groups keep so many units and the others all."""
+        lost = {name: 1.0 - width / self._units[name] for name, width in widths.items()}
+        total = 0.0
+        for index, (name, sides) in enumerate(self._layers):
+            shares = tuple(
+                1.0 - sum(part * lost[group] for group, part in side.items() if group in lost) for side in sides
             )
-    return saved
+            key = (index, shares)
+            if key not in self._known:
+                share = math.sqrt(max(math.prod(shares), 0.0)) if shares else 1.0
+                self._known[key] = self._times.at(name, 0.0 if share < _TINY else share)
+            total += self._known[key]
+        return total
 
 
-def _share(kept: Array, columns: Array, rows: Array) -> float:
-    shares = [float(kept[units].mean()) for units in (columns, rows) if units.size]
-    return math.sqrt(math.prod(shares)) if shares else 1.0
-
-
-def width_options(
-    name: str, units: int, damages: Mapping[int, float], saved: Mapping[int, float]
-) -> tuple[Option, ...]:
-    """The options of one group for the frontier: all units, and every offered width."""
-    return (
-        Option(name=str(units), damage=0.0, time_us=0.0),
-        *(
-            Option(name=str(width), damage=damage, time_us=-saved[width])
-            for width, damage in damages.items()
-        ),
-    )
+def _parts(units: npt.NDArray[np.int64], spans: Sequence[tuple[int, int, str]]) -> dict[str, float]:
+    """Group -> the share of a layer's channels that are its units."""
+    return {
+        name: count / units.size
+        for offset, length, name in spans
+        if (count := int(np.count_nonzero((units >= offset) & (units < offset + length))))
+    }
