@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
@@ -132,7 +132,7 @@ def run_child(
     """
     argv = module_command(command) if isinstance(command, str) else list(command)
     with child_folder() as folder:
-        _write_json(folder / REQUEST_FILE, {"v": PROTOCOL_VERSION, **_as_mapping(request)})
+        write_request(folder, request)
         ended = run_process(
             argv,
             folder=folder,
@@ -140,7 +140,7 @@ def run_child(
             timeout_s=timeout_s,
             memory_limit_bytes=memory_limit_bytes,
         )
-        values = _read_reply(folder / REPLY_FILE, ended)
+        values = read_reply(folder / REPLY_FILE, ended)
         for name, destination in (collect or {}).items():
             _collect(folder / name, destination, ended)
     return ChildReply(values=values, exit=ended)
@@ -173,42 +173,61 @@ def run_process(
     caller looks for its answer. Raises `ToolchainMissing` where the program cannot be started,
     `ToolchainTimeout`, `ToolchainCrashed` for the limits.
     """
-    name = _display_name(argv)
+    name = display_name(argv)
     started = time.monotonic()
     with (folder / STDOUT_FILE).open("wb") as out, (folder / STDERR_FILE).open("wb") as err:
-        try:
-            process = subprocess.Popen(
-                list(argv),
-                cwd=folder,
-                env=_environment(env or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                **_own_group(),
-            )
-        except OSError as exc:
-            raise ToolchainMissing(f"{name} could not be started: {exc}") from exc
-        watch = _Watch(name, folder, timeout_s, memory_limit_bytes)
+        process = start(argv, folder=folder, env=env or {}, outputs=(out, err))
+        watch = Watch(name, folder, timeout_s, memory_limit_bytes)
         try:
             peak = watch.until_end(process)
         finally:
             if process.poll() is None:
-                _kill_group(process)
+                kill_group(process)
     return ChildExit(
         name=name,
         returncode=process.returncode,
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak,
-        stdout=_tail(folder / STDOUT_FILE),
-        stderr=_tail(folder / STDERR_FILE),
+        stdout=tail(folder / STDOUT_FILE),
+        stderr=tail(folder / STDERR_FILE),
     )
+
+
+def start(
+    argv: Sequence[str],
+    *,
+    folder: Path,
+    env: Mapping[str, str | None],
+    outputs: tuple[BinaryIO, BinaryIO],
+    stdin: int = subprocess.DEVNULL,
+) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, its output in two files; raises `ToolchainMissing` where it cannot be."""
+    try:
+        return subprocess.Popen(
+            list(argv),
+            cwd=folder,
+            env=_environment(env),
+            stdin=stdin,
+            stdout=outputs[0],
+            stderr=outputs[1],
+            **_own_group(),
+        )
+    except OSError as exc:
+        raise ToolchainMissing(f"{display_name(argv)} could not be started: {exc}") from exc
+
+
+def write_request(folder: Path, request: Mapping[str, Any] | Record) -> None:
+    """Leave `request.json` in a folder, in one step."""
+    _write_json(folder / REQUEST_FILE, {"v": PROTOCOL_VERSION, **_as_mapping(request)})
 
 
 # --------------------------------------------------------------------------- the child's side
 
 
 def serve(answer: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
-    """Answer the one request that lies in the working directory; errors of our tree go into the reply.
+    """Answer the request that lies in the working directory; errors of our tree go into the reply.
+
+    A request that is `standing` alone is followed by others, in the folders that standard input names.
 
     Does nothing in a process that multiprocessing started by `spawn`; a fork server imports modules without
     a name of its own, hence the guard shown at the top of this file. Any other exception ends the child with
@@ -216,13 +235,21 @@ def serve(answer: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
     """
     if multiprocessing.current_process().name != "MainProcess":
         return
-    request = read_request()
+    here = Path.cwd()
+    if not read_request().get("standing"):
+        _answer_in(here, answer)
+        return
+    for line in sys.stdin:
+        _answer_in(here / line.strip(), answer)
+
+
+def _answer_in(folder: Path, answer: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
     try:
-        values = answer(request)
+        values = answer(read_request(folder))
     except VinooptError as exc:
-        write_reply({"ok": False, "kind": _kind_of(exc), "message": str(exc)})
+        write_reply({"ok": False, "kind": _kind_of(exc), "message": str(exc)}, folder)
     else:
-        write_reply({"ok": True, **values})
+        write_reply({"ok": True, **values}, folder)
 
 
 def read_request(folder: Path | None = None) -> dict[str, Any]:
@@ -246,8 +273,8 @@ def _kind_of(error: VinooptError) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Watch:
-    """The limits of one child."""
+class Watch:
+    """The limits of one child, and what is said where it reaches them."""
 
     name: str
     folder: Path
@@ -264,9 +291,10 @@ class _Watch:
                 return peak
             except subprocess.TimeoutExpired:
                 peak = max(peak, _resident_bytes(process.pid))
-                self._check(peak, is_late=time.monotonic() >= deadline)
+                self.check(peak, is_late=time.monotonic() >= deadline)
 
-    def _check(self, peak: int, *, is_late: bool) -> None:
+    def check(self, peak: int, *, is_late: bool) -> None:
+        """Raises `ToolchainTimeout` or `ToolchainCrashed` at a limit; `peak` is in resident bytes."""
         if is_late:
             raise ToolchainTimeout(
                 f"{self.name} did not end within {self.timeout_s:g} s; that says nothing about the model. "
@@ -285,11 +313,12 @@ class _Watch:
                 )
 
     def _last_words(self) -> str:
-        text = _tail(self.folder / STDERR_FILE).strip() or _tail(self.folder / STDOUT_FILE).strip()
+        text = tail(self.folder / STDERR_FILE).strip() or tail(self.folder / STDOUT_FILE).strip()
         return text[-400:] or "(none)"
 
 
-def _read_reply(path: Path, ended: ChildExit) -> dict[str, Any]:
+def read_reply(path: Path, ended: ChildExit) -> dict[str, Any]:
+    """The reply without the protocol's keys; raises what the child reported, or `ToolchainCrashed`."""
     try:
         reply = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:
@@ -337,7 +366,8 @@ def _own_group() -> dict[str, Any]:
     return {"start_new_session": True}
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process that `start` started, and all that it started itself."""
     if sys.platform == "win32":
         for each in _family(process.pid):
             with suppress(psutil.Error):
@@ -364,7 +394,8 @@ def _resident_bytes(pid: int) -> int:
     return total
 
 
-def _tail(path: Path) -> str:
+def tail(path: Path) -> str:
+    """The end of a file that a child writes."""
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
         return stream.read().decode("utf-8", errors="replace")
@@ -377,7 +408,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _display_name(argv: Sequence[str]) -> str:
+def display_name(argv: Sequence[str]) -> str:
     """`vinoopt.toolchains.x` for a module, else the program's file name."""
     if len(argv) > 2 and argv[1] == "-m":
         return argv[2]
