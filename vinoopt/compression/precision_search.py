@@ -292,9 +292,12 @@ class _Run:
             return
         floats = set(_recipe_of(best.plan).float_layers)
         limit = sum(damage for name, damage in self.damages.items() if name not in floats)
-        in_float = [latency_of(t) for t in self._inside() if t.plan.quantization is None]
-        limit_us = _FASTER * 1e3 * min(in_float, default=math.inf)
-        points = [p for p in trace_mixes(self.costs, self.damages) if self._predicted_us(p) < limit_us]
+        float_ms = min((latency_of(t) for t in self._inside() if t.plan.quantization is None), default=math.inf)
+        points = [
+            point
+            for point in trace_mixes(self.costs, self.damages)
+            if self._predicted_us(point) < _FASTER * 1e3 * float_ms
+        ]
         for share in _RESERVES[self.options.effort]:
             safer = [p for p in points if p.damage <= share * limit and INT8 in p.picks.values()]
             if not safer or self.options.is_late:
@@ -302,7 +305,8 @@ class _Run:
             plan = _with_floats(whole, _floats_of(safer[-1]))
             if not self.judge.knows(plan):
                 self.say(f"{plan.title}: a safer candidate")
-                self.judge.judge(plan, note=f"{share:.0%} of the best candidate's predicted damage")
+                note = f"{share:.0%} of the best candidate's predicted damage"
+                self.judge.judge(plan, note=note, beat_ms=float_ms)
 
     def _other_formats(self, whole: CompressionPlan) -> None:
         """The best candidate with its float blocks in the target's other float formats: the same model."""
