@@ -13,7 +13,7 @@ FLOORS = {
     "_version": 0, "errors": 0, "records": 0, "serde": 0, "store": 0, "alarm": 0, "forecast": 0,
     "hardware": 1, "frontend": 1, "demo": 1, "schedule": 1,
     "accuracy": 2, "toolchains": 2, "cost_model": 2, "replay": 2,
-    "bench": 3, "compression": 3, "compiler": 3, "yardsticks": 3,
+    "bench": 3, "distillation": 3, "compression": 3, "compiler": 3, "yardsticks": 3,
     "bundle": 4, "fleet": 4, "inspection": 4, "lineup": 4, "report": 4, "selection": 4, "tuning": 4,
     "verification": 4,
     "pipeline": 5,

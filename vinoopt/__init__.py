@@ -13,6 +13,7 @@ from vinoopt._version import __version__
 if TYPE_CHECKING:
     from vinoopt.bench import measure
     from vinoopt.bundle import Bundle, open_bundle
+    from vinoopt.distillation.entry import distill
     from vinoopt.frontend.normalize import SourceModel, load_model
     from vinoopt.hardware.detect import detect_host
     from vinoopt.hardware.profile import load_profile
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "compile": "vinoopt.pipeline",
     "compress": "vinoopt.pipeline",
+    "distill": "vinoopt.distillation.entry",
     "inspect_model": "vinoopt.inspection",
     "measure": "vinoopt.bench",
     "tune": "vinoopt.tuning",
@@ -52,6 +54,7 @@ __all__ = [
     "compile",
     "compress",
     "detect_host",
+    "distill",
     "inspect_model",
     "load_model",
     "load_profile",

@@ -13,7 +13,7 @@ from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.compression.precision import QuantizedPair, find_blocks, with_float_blocks
 from vinoopt.compression.quantize import compress_weights, quantize
-from vinoopt.records import CompressionPlan, Device, GroupWidth, QuantizationPlan
+from vinoopt.records import CompressionPlan, Device, DistillationPlan, GroupWidth, QuantizationPlan
 from vinoopt.store import Store
 
 _KEPT_MODELS = 4
@@ -25,6 +25,9 @@ Pruner = Callable[[tuple[GroupWidth, ...]], ov.Model]
 
 Corrector = Callable[[tuple[GroupWidth, ...], ov.Model], ov.Model]
 """Widths and their quantized model -> the same with its biases corrected."""
+
+Trainer = Callable[[CompressionPlan, ov.Model], ov.Model]
+"""A plan and its model before the last run of its distillation -> the model after it."""
 
 
 @dataclass(kw_only=True)
@@ -43,6 +46,7 @@ class Workshop:
     """Layers that the user wants left alone: float in every plan."""
     prune: Pruner | None = None
     correct: Corrector | None = None
+    distill: Trainer | None = None
     _pruned: OrderedDict[str, ov.Model] = field(default_factory=OrderedDict)
     _pairs: OrderedDict[str, QuantizedPair] = field(default_factory=OrderedDict)
 
@@ -51,6 +55,8 @@ class Workshop:
 
         Raises `PlanError` where the plan does not fit the model, `CompressionError` where NNCF fails.
         """
+        if plan.distillation is not None:
+            return self._distilled(plan, plan.distillation)
         if plan.quantization is not None:
             pair = self.pair(plan.widths, plan.quantization)
             present = {block.name for block in find_blocks(pair)}  # pruning may have removed a whole branch
@@ -59,6 +65,16 @@ class Workshop:
         if plan.weights is not None:
             return compress_weights(model, plan.weights)
         return model.clone()
+
+    def _distilled(self, plan: CompressionPlan, distillation: DistillationPlan) -> ov.Model:
+        """The model before the last run of the plan's distillation, trained by that run."""
+        train = self.distill
+        if train is None:
+            raise ValueError("this workshop was made without a trainer")
+        earlier = serde.replace(distillation, runs=distillation.runs[:-1]) if distillation.runs[:-1] else None
+        before = serde.replace(plan, distillation=earlier)
+        name = f"distilled-{self.device.value.lower()}-{serde.sha256_record(plan)[:24]}"
+        return self._stored(name, lambda: train(plan, self.build(before)))
 
     def pruned(self, widths: tuple[GroupWidth, ...]) -> ov.Model:
         """The float model at these widths; not to be changed by the caller."""

@@ -9,6 +9,14 @@ from vinoopt.records import QuantizationPlan
 
 ROUNDS = {"fast": 1, "balanced": 2, "thorough": 4}
 """How often tables are corrected and the frontier searched again, by effort."""
+DISTILL = "distill"
+"""The effort that trains candidates after a balanced search."""
+EFFORTS = (*ROUNDS, DISTILL)
+
+
+def without_training(effort: str) -> str:
+    """The effort of everything but distillation."""
+    return "balanced" if effort == DISTILL else effort
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,244 @@
+"""Training through the public door: better or unchanged, the same every time, and taken up where it was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino.opset13 as op
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'vinoopt[distill]'")
+
+import vinoopt  # noqa: E402
+from vinoopt.accuracy.datasets import from_arrays  # noqa: E402
+from vinoopt.compression.quantize import quantize  # noqa: E402
+from vinoopt.distillation.augment import find_augment, image_axes  # noqa: E402
+from vinoopt.distillation.distiller import Distilled  # noqa: E402
+from vinoopt.distillation.losses import output_loss  # noqa: E402
+from vinoopt.distillation.quantizers import Grid, fake_quantize  # noqa: E402
+from vinoopt.distillation.training import Progress, TrainingSettings  # noqa: E402
+from vinoopt.errors import DistillationError, InputError  # noqa: E402
+from vinoopt.records import Device, Event, QuantizationPlan, TensorSpec  # noqa: E402
+
+SIDE, CLASSES = 16, 5
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(96, 3, SIDE, SIDE)).astype(np.float32)
+
+
+def network(width: int = 8, seed: int = 0, weights: Mapping[str, Any] | None = None) -> ov.Model:
+    """A residual classifier with random weights; `weights` of another one keep its first channels."""
+    rng = np.random.default_rng(seed)
+    made: dict[str, Any] = {}
+
+    def constant(name: str, *shape: int) -> ov.Node:
+        scale = (2 / np.prod(shape[1:])) ** 0.5
+        values = (rng.normal(size=shape) * scale).astype(np.float32)
+        if weights is not None:
+            values = weights[name][tuple(slice(size) for size in shape)]
+        made[name] = values
+        node = op.constant(values)
+        node.set_friendly_name(name)
+        return node
+
+    def conv(x: Any, name: str, inputs: int, outputs: int) -> Any:
+        x = op.convolution(x, constant(f"{name}.w", outputs, inputs, 3, 3), [1, 1], [1, 1], [1, 1], [1, 1])
+        x.set_friendly_name(name)
+        return op.add(x, constant(f"{name}.b", 1, outputs, 1, 1))
+
+    x = op.parameter([1, 3, SIDE, SIDE], np.float32, name="x")
+    x.output(0).set_names({"x"})
+    stem = op.relu(conv(x, "stem", 3, 8))
+    inner = op.relu(conv(stem, "a", 8, width))
+    joined = op.add(conv(inner, "b", width, 8), stem)
+    joined.set_friendly_name("join")
+    pooled = op.reduce_mean(op.relu(joined), op.constant(np.array([2, 3])), True)
+    pooled = op.reshape(pooled, op.constant([1, 8]), False)
+    logits = op.matmul(pooled, constant("head", 8, CLASSES), False, False)
+    logits.output(0).set_names({"logits"})
+    model = ov.Model([logits], [x], "net")
+    network.made = made  # type: ignore[attr-defined]
+    return model
+
+
+def pair() -> tuple[ov.Model, ov.Model]:
+    """A float teacher, and a student with half of its inner channels, in INT8."""
+    teacher = network()
+    student = network(4, weights=network.made)  # type: ignore[attr-defined]
+    return teacher, quantize(student, QuantizationPlan(subset_size=32), data(), device=Device.CPU)
+
+
+def data() -> Any:
+    return from_arrays(IMAGES, inputs=[TensorSpec(name="x", shape=(1, 3, SIDE, SIDE), dtype="float32")])
+
+
+def bytes_of(model: ov.Model) -> list[bytes]:
+    return [n.get_data().tobytes() for n in model.get_ordered_ops() if n.get_type_name() == "Constant"]
+
+
+def distilled(steps: int = 60, **options: Any) -> Distilled:
+    teacher, student = pair()
+    settings = {"batch": 16, "threads": 1, "steps": steps, **options}
+    return vinoopt.distill(student, teacher=teacher, data=IMAGES, **settings)
+
+
+def test_a_pruned_quantized_model_comes_nearer_to_its_teacher_and_stays_quantized() -> None:
+    events: list[Event] = []
+    teacher, student = pair()
+    result = vinoopt.distill(student, teacher=teacher, data=IMAGES, steps=80, batch=16, on_event=events.append)
+    assert result.is_better
+    assert result.after < 0.7 * result.before
+    kinds = [[n.get_type_name() for n in model.get_ordered_ops()] for model in (student, result.model)]
+    assert kinds[0] == kinds[1] and "FakeQuantize" in kinds[1]
+    stored = [n for n in result.model.get_ops() if n.get_element_type().get_type_name() == "i8"]
+    assert stored, "weights stay in eight bits"
+    assert bytes_of(student) == bytes_of(pair()[1]), "the model that was handed in is left alone"
+    assert events[-1].done == events[-1].total == 80
+    assert "agreement" in events[-1].message and "held back" in events[-1].message
+    assert any("s left" in event.message for event in events)
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    first, again, other = (distilled(20, seed=seed) for seed in (1, 1, 2))
+    assert bytes_of(first.model) == bytes_of(again.model)
+    assert bytes_of(first.model) != bytes_of(other.model)
+
+
+def test_it_never_returns_something_worse() -> None:
+    result = distilled(20, peak_rate=30.0)
+    assert not result.is_better
+    assert result.after == result.before
+    assert "kept as it was" in result.reason
+    assert bytes_of(result.model) == bytes_of(pair()[1])
+
+
+def test_the_time_limit_is_kept() -> None:
+    result = distilled(100_000, time_limit_s=2.0)
+    assert result.outcome.reason == "time limit"
+    assert 0 < result.outcome.steps < 100_000
+    assert result.outcome.seconds < 8
+
+
+def test_a_run_that_was_cut_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "run.pt"
+    monkeypatch.setattr("vinoopt.distillation.training._CHECKPOINT_S", 0.0)
+
+    def cut(event: Event) -> None:
+        if event.done == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distilled(24, checkpoint=place, on_event=cut)
+    assert place.is_file()
+    steps: list[int] = []
+    resumed = distilled(24, checkpoint=place, on_event=lambda event: steps.append(event.done))
+    assert next(step for step in steps if step) >= 12, "no step is taken twice"
+    assert bytes_of(resumed.model) == bytes_of(distilled(24).model)
+    assert not place.exists(), "a finished run leaves no checkpoint"
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path) -> None:
+    place = tmp_path / "run.pt"
+    place.write_bytes(b"not a checkpoint")
+    assert bytes_of(distilled(10, checkpoint=place).model) == bytes_of(distilled(10).model)
+
+
+def test_early_stopping_watches_the_held_back_inputs() -> None:
+    teacher = network()
+    result = vinoopt.distill(teacher.clone(), teacher=teacher, data=IMAGES, steps=400, batch=16, threads=1)
+    assert result.outcome.reason == "no better for a while"
+    assert result.outcome.steps < 400
+    assert result.outcome.best_step == 0
+    assert not result.is_better
+
+
+def test_too_few_inputs_and_nonsense_are_refused() -> None:
+    teacher, student = pair()
+    with pytest.raises(DistillationError, match="at least 16"):
+        vinoopt.distill(student, teacher=teacher, data=IMAGES[:12])
+    with pytest.raises(InputError, match="batch"):
+        vinoopt.distill(student, teacher=teacher, data=IMAGES, batch=0)
+
+
+def test_a_function_of_the_user_may_alter_the_inputs() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def fade(inputs: Any, generator: Any) -> list[Any]:
+        seen.append(tuple(inputs[0].shape))
+        return [inputs[0] * torch.rand((), generator=generator)]
+
+    distilled(5, augment=fade)
+    assert seen == [(16, 3, SIDE, SIDE)] * 5
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def test_ranges_learn_what_finite_differences_say() -> None:
+    grid = Grid.of(*(torch.tensor(v) for v in (0.0, 2.55, 0.0, 2.55)), levels=256)
+    x = torch.tensor([-0.4, 0.013, 1.204, 2.0, 3.1], requires_grad=True)
+    theta = torch.zeros((), requires_grad=True)
+    fake_quantize(x, theta, grid).sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 1, 0]
+    y = fake_quantize(x.detach(), torch.zeros(()), grid)
+    inside = torch.tensor([0.0, 1, 1, 1, 0])
+    assert theta.grad.item() == pytest.approx(float((y - x.detach() * inside).sum()), abs=1e-5)
+    # Clipped values follow the range's end: the only part of the derivative that exists in the strict sense.
+    h = 1e-3
+    far = torch.tensor([9.0])
+    ends = [fake_quantize(far, torch.tensor(t), grid).item() for t in (-h, h)]
+    assert (ends[1] - ends[0]) / (2 * h) == pytest.approx(2.55, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((1, 3, 32, 32), (2, 3)),
+        ((8, 32, 32, 3), (1, 2)),
+        ((1, 1, 28, 28), (2, 3)),
+        ((1, 3, 8, 8), None),
+        ((1, 64, 32, 32), None),
+        ((1, 4096), None),
+    ],
+)
+def test_images_are_told_from_other_inputs(shape: tuple[int, ...], axes: tuple[int, int] | None) -> None:
+    assert image_axes(shape) == axes
+    assert (find_augment([shape]) is None) is (axes is None)
+
+
+def test_altered_images_stay_in_range_and_follow_the_seed() -> None:
+    augment = find_augment([(1, SIDE, SIDE, 3)])
+    assert augment is not None
+    images = torch.from_numpy(RNG.integers(0, 256, (8, SIDE, SIDE, 3)))
+    once, twice, other = (augment([images], torch.Generator().manual_seed(s))[0] for s in (0, 0, 1))
+    assert torch.equal(once, twice) and not torch.equal(once, other)
+    assert once.shape == images.shape and once.is_floating_point()
+    assert float(once.min()) >= 0 and float(once.max()) <= 255
+
+
+def test_losses_are_zero_for_equal_outputs_and_scale_free() -> None:
+    generator = torch.Generator().manual_seed(0)
+    boxes, scores = (torch.randn(shape, generator=generator) for shape in ((6, 40, 4), (6, 10)))
+    probabilities = output_loss(scores.softmax(-1), are_scores=False)
+    kinds = (
+        (boxes, output_loss(boxes, are_scores=False)),
+        (scores, output_loss(scores, are_scores=True)),
+        (scores.softmax(-1), probabilities),
+    )
+    for values, loss in kinds:
+        assert float(loss(values, values)) == pytest.approx(0, abs=1e-6)
+        other = values + torch.randn(values.shape, generator=generator)
+        other = other.softmax(-1) if loss is probabilities else other
+        assert float(loss(other, values)) > 1e-3
+    large = output_loss(1000 * boxes, are_scores=False)
+    assert float(large(1001 * boxes, 1000 * boxes)) == pytest.approx(
+        float(output_loss(boxes, are_scores=False)(1.001 * boxes, boxes)), rel=1e-3
+    )
+
+
+def test_progress_and_settings_are_plain_records() -> None:
+    assert TrainingSettings(steps=5).peak_rate > 0
+    assert {"held_loss", "agreement", "seconds_left"} <= set(Progress.__dataclass_fields__)

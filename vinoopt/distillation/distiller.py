@@ -1,0 +1,238 @@
+"""From a compressed `ov.Model` and its float teacher to a better one, or to the same one with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.accuracy.evaluate import Predictions, predict
+from vinoopt.compression.sensitivity import divergence
+from vinoopt.distillation.augment import Augment, find_augment
+from vinoopt.distillation.equality import check_batches, check_equality
+from vinoopt.distillation.losses import Loss, output_loss, relative_error
+from vinoopt.distillation.mirror import Mirror
+from vinoopt.distillation.training import Batch, Material, Outcome, Progress, Training, TrainingSettings
+from vinoopt.distillation.weights import Key
+from vinoopt.errors import DistillationError
+from vinoopt.records import DistillationPlan
+
+HELD_SHARE, MOST_HELD, LEAST_HELD = 0.1, 256, 4
+"""Of the inputs, to be looked at only: a share, at most, at least so many calls."""
+LEAST_INPUTS = 16
+_EXAMPLES = 16
+"""Calls on which the spread of the teacher's values is taken."""
+_JOINS = frozenset({"Add"})
+_MOST_INNER = 6
+_PACE_STEPS = 8
+Say = Callable[[str, int, int], None]
+"""A message, steps done and steps in all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distilled:
+    """A trained model, or the model as it was."""
+
+    model: ov.Model
+    plan: DistillationPlan
+    before: float
+    """Divergence from the teacher on the held-back inputs, as OpenVINO computes both."""
+    after: float
+    is_better: bool
+    """False: the model is the one that was handed in, since training did not make it better."""
+    reason: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What one training run may use beside its plan."""
+
+    deadline: float | None = None
+    """In `time.monotonic` seconds."""
+    checkpoint: Path | None = None
+    augment: Augment | None = None
+    """None: images are altered where the plan says so; a function of the user's goes first."""
+    threads: int | None = None
+    say: Say = lambda message, done, total: None
+
+
+def train(student: ov.Model, teacher: ov.Model, data: Dataset, plan: DistillationPlan, run: Run) -> Distilled:
+    """`student` after the last run of `plan`, trained towards `teacher` on the inputs of `data`.
+
+    Never worse than it was: what counts is the divergence of the outputs on held-back inputs, computed by
+    OpenVINO as deployed. Raises `DistillationError` for an operator without a rule, for a mirror that does not
+    equal OpenVINO, and for too few inputs.
+    """
+    inputs, held_calls, held = _parts(student, data, plan.seed)
+    work = student.clone()
+    mirror, master = Mirror(work), Mirror(teacher.clone(), trains=False)
+    check_equality(mirror, inputs[:LEAST_HELD])
+    check_equality(master, inputs[:LEAST_HELD])
+    material = _material(mirror, master, inputs, held_calls, plan, run)
+    for each in (mirror, master):
+        each.place(_device())
+    reference = predict(teacher, held, properties={"INFERENCE_PRECISION_HINT": "f32"})
+    before = _departure(student, held, reference)
+    run.say(f"training on {len(inputs)} inputs, {len(held_calls)} held back", 0, plan.runs[-1])
+    outcome = Training(
+        student=mirror,
+        teacher=master,
+        material=material,
+        settings=TrainingSettings(
+            steps=plan.runs[-1],
+            batch=plan.batch,
+            peak_rate=plan.peak_rate,
+            inner_weight=plan.inner_weight,
+            seed=plan.seed + len(plan.runs) - 1,
+            threads=run.threads,
+        ),
+        deadline=run.deadline,
+        checkpoint=run.checkpoint,
+        signature=plan.model_dump_json(),
+        on_progress=lambda progress: run.say(progress_words(progress), progress.step, progress.steps),
+    ).run()
+    mirror.write()
+    trained: ov.Model = work.clone()
+    after = _departure(trained, held, reference)
+    is_better = after < before
+    reason = (
+        f"{outcome.steps} of {plan.runs[-1]} steps ({outcome.reason}): divergence from the float model on "
+        f"{len(held_calls)} held-back inputs {before:.4g} before, {after:.4g} after"
+    )
+    return Distilled(
+        model=trained if is_better else student.clone(),
+        plan=plan,
+        before=before,
+        after=after if is_better else before,
+        is_better=is_better,
+        reason=reason if is_better else f"{reason}: kept as it was",
+        outcome=outcome,
+    )
+
+
+def progress_words(progress: Progress) -> str:
+    """One line about where a run stands."""
+    parts = [f"step {progress.step} of {progress.steps}"]
+    if progress.step:
+        parts.append(f"loss {progress.loss:.4g}")
+    best = f"best {progress.best_loss:.4g}, first {progress.first_loss:.4g}"
+    parts.append(f"held back {progress.held_loss:.4g} ({best})")
+    if progress.agreement is not None:
+        parts.append(f"agreement {progress.agreement:.1%}")
+    if progress.step and progress.step < progress.steps:
+        parts.append(f"{progress.seconds_left:.0f} s left")
+    return ", ".join(parts)
+
+
+# --------------------------------------------------------------------------- what is learned from
+
+
+def _parts(student: ov.Model, data: Dataset, seed: int) -> tuple[list[Batch], list[Batch], Dataset]:
+    """Inputs to learn from, inputs to look at, and the latter as a dataset."""
+    if len(data) < LEAST_INPUTS:
+        raise DistillationError(f"{len(data)} inputs are too few to distil from; give at least {LEAST_INPUTS}")
+    order = np.random.default_rng(seed).permutation(len(data))
+    count = min(max(int(len(data) * HELD_SHARE), LEAST_HELD), MOST_HELD)
+    names = [_input_names(parameter) for parameter in student.inputs]
+    held = data.subset(order[:count])
+    learn = data.subset(order[count:])
+    return [_tensors(s, names) for s in learn], [_tensors(s, names) for s in held], held
+
+
+def _input_names(parameter: ov.Output) -> set[str]:
+    return {*parameter.get_names(), parameter.get_node().get_friendly_name()}
+
+
+def _tensors(sample: Any, names: Sequence[set[str]]) -> Batch:
+    """The call in the model's order of inputs; whole numbers in 8 bits stay, to save memory."""
+    ordered = [next(sample[name] for name in sample if name in known) for known in names]
+    return [torch.from_numpy(np.ascontiguousarray(each)) for each in ordered]
+
+
+def _material(
+    student: Mirror, teacher: Mirror, inputs: list[Batch], held: list[Batch], plan: DistillationPlan, run: Run
+) -> Material:
+    is_batched = check_batches(student, inputs[:3]) and check_batches(teacher, inputs[:3])
+    shapes = [tuple(x.shape) for x in inputs[0]]
+    augment = run.augment or (find_augment(shapes) if plan.augments else None)
+    student_keys, teacher_keys, are_scores = [], [], []
+    for number, (own, its) in enumerate(zip(student.scores, teacher.scores, strict=True)):
+        both = own is not None and its is not None
+        student_keys.append(own if own is not None and both else student.results[number])
+        teacher_keys.append(its if its is not None and both else teacher.results[number])
+        are_scores.append(both)
+    inner = _inner_keys(student, teacher, inputs[0]) if plan.inner_weight else []
+    examples = _examples(teacher, inputs[:_EXAMPLES], [*teacher_keys, *(its for _, its in inner)])
+    count = len(teacher_keys)
+    return Material(
+        inputs=inputs,
+        held=held,
+        student_keys=[*student_keys, *(own for own, _ in inner)],
+        teacher_keys=[*teacher_keys, *(its for _, its in inner)],
+        loss=Loss(
+            outputs=[output_loss(e, are_scores=a) for e, a in zip(examples[:count], are_scores, strict=True)],
+            inner=[relative_error(e) for e in examples[count:]],
+            inner_weight=plan.inner_weight,
+        ),
+        augment=augment,
+        is_batched=is_batched,
+    )
+
+
+def _examples(teacher: Mirror, calls: Sequence[Batch], keys: Sequence[Key]) -> list[Any]:
+    with torch.no_grad():
+        values = [teacher([_wide(x) for x in call], keys) for call in calls]
+    return [torch.cat([value[i] for value in values]) for i in range(len(keys))]
+
+
+def _wide(x: Any) -> Any:
+    return x if x.is_floating_point() or x.dtype == torch.bool else x.to(torch.int64)
+
+
+def _inner_keys(student: Mirror, teacher: Mirror, call: Batch) -> list[tuple[Key, Key]]:
+    """Places where both networks hold the same thing: joins of residual branches, spread over the depth."""
+    own, its = student.places(_JOINS), teacher.places(_JOINS)
+    shared = [title for title in its if title in own]
+    with torch.no_grad():
+        values = [_wide(x) for x in call]
+        shapes = [tuple(x.shape) for x in student(values, [own[title] for title in shared])]
+        wanted = [tuple(x.shape) for x in teacher(values, [its[title] for title in shared])]
+    equal = [t for t, a, b in zip(shared, shapes, wanted, strict=True) if a == b and len(a) > 1]
+    if len(equal) > _MOST_INNER:
+        places = np.linspace(0, len(equal) - 1, _MOST_INNER).round().astype(int)
+        equal = [equal[place] for place in places]
+    return [(own[title], its[title]) for title in equal]
+
+
+def _device() -> str:
+    """Where PyTorch trains: on CUDA or an Intel GPU that it sees, else on the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    xpu = getattr(torch, "xpu", None)
+    return "xpu" if xpu is not None and xpu.is_available() else "cpu"
+
+
+def _departure(model: ov.Model, held: Dataset, reference: Predictions) -> float:
+    outputs = predict(model, held)
+    return divergence(list(reference), list(outputs))
+
+
+def seconds_per_step(student: ov.Model, teacher: ov.Model, data: Dataset, plan: DistillationPlan) -> float:
+    """What one step takes here; raises what `train` raises before it starts."""
+    inputs, held, _ = _parts(student, data, plan.seed)
+    mirror, master = Mirror(student.clone()), Mirror(teacher.clone(), trains=False)
+    check_equality(mirror, inputs[:LEAST_HELD])
+    check_equality(master, inputs[:LEAST_HELD])
+    material = _material(mirror, master, inputs, held[:LEAST_HELD], plan, Run())
+    for each in (mirror, master):
+        each.place(_device())
+    settings = TrainingSettings(steps=_PACE_STEPS, batch=plan.batch, inner_weight=plan.inner_weight, seed=plan.seed)
+    outcome = Training(student=mirror, teacher=master, material=material, settings=settings).run()
+    return max(outcome.seconds / _PACE_STEPS, 1e-4)

@@ -1,0 +1,133 @@
+"""`vinoopt.distill`: a compressed model, its float teacher and inputs without labels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import openvino as ov
+from pydantic import ValidationError
+
+from vinoopt.accuracy.datasets import Dataset, from_arrays, load_dataset
+from vinoopt.distillation.needs import require_torch
+from vinoopt.errors import InputError
+from vinoopt.frontend.normalize import load_model
+from vinoopt.records import DistillationPlan, Event, PreprocessSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from vinoopt.distillation.augment import Augment
+    from vinoopt.distillation.distiller import Distilled
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+@runtime_checkable
+class HoldsModel(Protocol):
+    """What `vinoopt.compress` returns, among others."""
+
+    @property
+    def model(self) -> ov.Model:
+        """The compressed model."""
+        ...
+
+
+def distill(
+    compressed: ov.Model | HoldsModel,
+    *,
+    teacher: ov.Model | HoldsModel | str | Path,
+    data: Dataset | str | Path | Mapping[str, Array] | Array | Sequence[Any],
+    steps: int = 2000,
+    batch: int = 64,
+    peak_rate: float = 0.01,
+    inner_weight: float = 1.0,
+    augment: bool | Augment = True,
+    seed: int = 0,
+    threads: int | None = None,
+    time_limit_s: float | None = None,
+    checkpoint: str | Path | None = None,
+    preprocess: Sequence[PreprocessSpec] = (),
+    shape: str | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Distilled:
+    """`compressed` trained towards `teacher` on unlabelled inputs; never worse than it was.
+
+    Both take the same inputs; a teacher given as an ONNX file is read with `preprocess` and `shape`, as `compile`
+    reads it. `data` is a path or arrays in memory. `augment` mirrors, shifts and mixes images (True), leaves inputs
+    as they are (False), or is a function of the inputs of one batch and a `torch.Generator`. A run that was
+    interrupted goes on from `checkpoint`. The result is the same in every run with `threads=1` and no time limit.
+
+    `result.is_better` says whether training helped; `result.before` and `result.after` are divergences of the
+    outputs from the teacher's on held-back inputs, computed by OpenVINO. Raises `ExtraMissing` without PyTorch,
+    `DistillationError` for an operator that has no rule, and what reading model and data raises.
+    """
+    require_torch()
+    from vinoopt.distillation.distiller import Run, train
+
+    model = _model(compressed)
+    master = _teacher(teacher, preprocess, shape)
+    dataset = _dataset(data, master)
+    say = on_event or (lambda event: None)
+    return train(
+        model,
+        master,
+        dataset,
+        _plan(
+            runs=(steps,),
+            batch=batch,
+            peak_rate=peak_rate,
+            inner_weight=inner_weight,
+            augments=augment is not False,
+            seed=seed,
+        ),
+        Run(
+            deadline=None if time_limit_s is None else time.monotonic() + time_limit_s,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            augment=None if isinstance(augment, bool) else augment,
+            threads=threads,
+            say=lambda message, done, total: say(Event(stage="distill", message=message, done=done, total=total)),
+        ),
+    )
+
+
+def _model(given: ov.Model | HoldsModel) -> ov.Model:
+    return given.model if isinstance(given, HoldsModel) else given
+
+
+def _teacher(
+    given: ov.Model | HoldsModel | str | Path, preprocess: Sequence[PreprocessSpec], shape: str | None
+) -> ov.Model:
+    if isinstance(given, str | Path):
+        return load_model(given, preprocess=preprocess, shape=shape).model
+    return _model(given)
+
+
+def _dataset(data: Any, model: ov.Model) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    inputs = [_spec(each) for each in model.inputs]
+    if isinstance(data, str | Path):
+        return load_dataset(str(data), inputs=inputs)
+    return from_arrays(data, inputs=inputs)
+
+
+def _spec(given: ov.Output) -> TensorSpec:
+    dimensions = [d.get_length() if d.is_static else "?" for d in given.get_partial_shape()]
+    return TensorSpec(
+        name=given.get_node().get_friendly_name(),
+        shape=tuple(dimensions),
+        dtype=np.dtype(given.get_element_type().to_dtype()).name,
+    )
+
+
+def _plan(**fields: Any) -> DistillationPlan:
+    try:
+        return DistillationPlan(**fields)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{place}: {first['msg']} (got {first['input']!r:.80})") from exc
+
+

@@ -1,0 +1,106 @@
+"""A mirror is trusted only after it has equalled OpenVINO on real inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+
+from vinoopt.distillation.mirror import Mirror
+from vinoopt.distillation.plain_float import spelled_out
+from vinoopt.errors import DistillationError
+
+FLOAT_TOLERANCE = 1e-4
+"""Root mean square of the difference over the output's: sums of float32 in another order."""
+HALF_TOLERANCE = 2e-2
+"""The same for graphs that hold float16: the mirror computes in float32."""
+ROUNDED_TOLERANCE = 2e-2
+"""With rounding quantizers, where last bits decide between neighbouring levels; or twice as far as OpenVINO's own
+integer kernels are from the graph, where that is more."""
+_EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+
+
+def check_equality(mirror: Mirror, calls: Sequence[Sequence[Any]]) -> None:
+    """Raises `DistillationError` where the mirror is not the model that it was made of.
+
+    Twice for a quantized model: with quantizers that only clamp, to float rounding; and as they are, where a last
+    bit can move a value to the next level. Both against the graph computed by OpenVINO in float.
+    """
+    model = mirror.model
+    types = {value.get_element_type().get_type_name() for node in model.get_ops() for value in node.outputs()}
+    tolerance = HALF_TOLERANCE if types & {"f16", "bf16"} else FLOAT_TOLERANCE
+    is_quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
+    mirror.rounds = False
+    try:
+        _compare(mirror, run(spelled_out(model, rounds=False), calls, _EXACT), calls, tolerance)
+    finally:
+        mirror.rounds = True
+    if is_quantized:
+        exact = run(spelled_out(model), calls, _EXACT)
+        kernels = run(model, calls, {"INFERENCE_PRECISION_HINT": "f32"})
+        apart = max(map(departure, kernels, exact), default=0.0)
+        _compare(mirror, exact, calls, max(ROUNDED_TOLERANCE, 2 * apart))
+
+
+def check_batches(mirror: Mirror, calls: Sequence[Sequence[Any]]) -> bool:
+    """Whether several calls put into one give what they give one by one."""
+    if len(calls) < 2 or len({tuple(tuple(x.shape) for x in call) for call in calls}) > 1:
+        return False
+    if any(x.ndim == 0 for x in calls[0]):
+        return False
+    mirror.rounds = False
+    try:
+        single = _outputs(mirror, calls)
+        with torch.no_grad():
+            joined = [torch.cat(list(values)) for values in zip(*calls, strict=True)]
+            together = [value.numpy() for value in mirror([_wide(x) for x in joined], mirror.results)]
+    except (RuntimeError, IndexError):  # shapes that do not fit: the graph is made for one call
+        return False
+    finally:
+        mirror.rounds = True
+    return all(
+        a.shape == b.shape and departure(a, b) <= FLOAT_TOLERANCE for a, b in zip(together, single, strict=True)
+    )
+
+
+def _compare(
+    mirror: Mirror, expected: Sequence[np.ndarray[Any, Any]], calls: Sequence[Sequence[Any]], tolerance: float
+) -> None:
+    for number, (own, its) in enumerate(zip(_outputs(mirror, calls), expected, strict=True)):
+        apart = departure(own, its) if own.shape == its.shape else float("inf")
+        if not apart <= tolerance:
+            raise DistillationError(
+                f"the model's image in PyTorch departs from OpenVINO's output {number} by {apart:.2g} of its size "
+                f"(tolerance {tolerance:.2g}), so it is not trained"
+            )
+
+
+def departure(actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    """Root mean square of the difference over that of what is expected; over finite values."""
+    a, e = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    finite = np.isfinite(e)
+    if not np.array_equal(a[~finite], e[~finite], equal_nan=True):
+        return float("inf")
+    size = float(np.sqrt(np.mean(e[finite] ** 2))) if finite.any() else 0.0
+    return float(np.sqrt(np.mean((a[finite] - e[finite]) ** 2))) / max(size, 1e-12) if finite.any() else 0.0
+
+
+def _outputs(mirror: Mirror, calls: Sequence[Sequence[Any]]) -> list[np.ndarray[Any, Any]]:
+    """Every output over all calls, one behind the other."""
+    with torch.no_grad():
+        values = [mirror([_wide(x) for x in call], mirror.results) for call in calls]
+    return [np.concatenate([v[i].numpy() for v in values]) for i in range(len(mirror.results))]
+
+
+def run(model: ov.Model, calls: Sequence[Sequence[Any]], properties: dict[str, str]) -> list[np.ndarray[Any, Any]]:
+    """Every output over all calls, by OpenVINO on the CPU."""
+    compiled = ov.Core().compile_model(model, "CPU", properties)
+    values = [[np.array(v) for v in compiled([x.numpy() for x in call]).values()] for call in calls]
+    return [np.concatenate([v[i] for v in values]) for i in range(len(compiled.outputs))]
+
+
+def _wide(x: Any) -> Any:
+    return x if x.is_floating_point() or x.dtype == torch.bool else x.to(torch.int64)

@@ -1,0 +1,220 @@
+"""A compressed `ov.Model` as a PyTorch module: the same operators, its weights, biases and ranges as parameters.
+
+What is trained: the constants that contractions, embeddings and recurrent cells read; per-channel constants of
+elementwise operators behind the first of those; the ranges of FakeQuantize; weights that NNCF stores as integers
+(integer constant, Convert, Subtract, Multiply), as real values that are rounded anew in every step, with their
+scales. Everything else is computed as it stands; what depends on constants only is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from openvino import opset13 as ops
+
+from vinoopt.distillation import elementwise, layers, recurrent, resampling, shaping
+from vinoopt.distillation.fusions import Step, fused
+from vinoopt.distillation.quantizers import Grid, clamp, fake_quantize
+from vinoopt.distillation.rules import function_of, refuse, whole
+from vinoopt.distillation.weights import Key, Weight, as_tensor, find_weights, key_of
+
+RULE_ROOMS = (elementwise, layers, recurrent, resampling, shaping)
+"""Imported for the rules that they enter."""
+_BATCHED = frozenset({"Reshape", "Broadcast"})
+
+
+class _Range:
+    """One factor for the ranges of all quantizers that were given the same range."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.theta = torch.nn.Parameter(torch.zeros(tuple(shape)))
+        self.nodes: list[tuple[ov.Node, list[Any]]] = []
+
+    def write(self) -> None:
+        """Put the present ranges into the model."""
+        factor = torch.exp(self.theta.detach().cpu())
+        for node, bounds in self.nodes:
+            for port, bound in enumerate(bounds, start=1):
+                old = node.input_value(port).get_node()
+                new = ops.constant((bound * factor).numpy(), old.get_element_type())
+                new.set_friendly_name(old.get_friendly_name())
+                node.input(port).replace_source_output(new.output(0))
+
+
+class Mirror(torch.nn.Module):  # type: ignore[misc]
+    """`model` in PyTorch; `write` puts what was trained into `model`.
+
+    Raises `DistillationError` with the name of an operator that has no rule.
+    """
+
+    def __init__(self, model: ov.Model, *, trains: bool = True) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs: tuple[str, ...] = tuple(p.get_friendly_name() for p in model.get_parameters())
+        self.input_keys: tuple[Key, ...] = tuple((p.get_name(), 0) for p in model.get_parameters())
+        self.own_batch = _own_batch(model)
+        self.results: tuple[Key, ...] = tuple(key_of(result.input_value(0)) for result in model.get_results())
+        self.scores: tuple[Key | None, ...] = tuple(_scores_key(result) for result in model.get_results())
+        """Per output the values before its softmax; None where it has none."""
+        self._weights: tuple[Weight, ...] = tuple(find_weights(model)) if trains else ()
+        self._ranges: dict[bytes, _Range] = {}
+        self._constants: dict[Key, Any] = {}
+        self._live: set[str] = {p.get_name() for p in model.get_parameters()}
+        self._trains = trains
+        self.rounds = True
+        """Whether quantizers of activations round; they always clamp."""
+        self._steps = fused(self._read(model), self._kept_keys())
+        values = [p for weight in self._weights for p in weight.parameters()[:1]]
+        factors = [p for weight in self._weights for p in weight.parameters()[1:]]
+        self.values = torch.nn.ParameterList(values)
+        self.factors = torch.nn.ParameterList([*factors, *(r.theta for r in self._ranges.values())])
+        self.requires_grad_(trains)
+        self._last_reader = {key: number for number, step in enumerate(self._steps) for key in step.inputs}
+
+    def forward(self, inputs: Sequence[Any], keys: Sequence[Key]) -> list[Any]:
+        """The values at `keys`; `inputs` in the model's order, of its own batch size or a multiple of it."""
+        values: dict[Key, Any] = dict(self._constants)
+        values.update(zip(self.input_keys, inputs, strict=True))
+        values.update({weight.key: weight.value() for weight in self._weights})
+        wanted = set(keys)
+        factor = inputs[0].shape[0] // self.own_batch if self.own_batch and inputs[0].ndim else 1
+        for number, step in enumerate(self._steps):
+            arguments = [values[key] for key in step.inputs]
+            if step.carries_batch and factor != 1:
+                arguments[1] = torch.tensor([(self.own_batch or 1) * factor, *whole(arguments[1])[1:]])
+            result = step.function(*arguments)
+            if isinstance(result, tuple | list):
+                values.update({(step.name, port): each for port, each in enumerate(result)})
+            else:
+                values[step.name, 0] = result
+            for key in step.inputs:  # what nobody reads any more need not be held
+                if self._last_reader[key] == number and key not in wanted and key not in self._constants:
+                    values.pop(key, None)
+        return [values[key] for key in keys]
+
+    def write(self) -> None:
+        """Put weights, scales and ranges as they are now into the model."""
+        for weight in self._weights:
+            weight.write()
+        for each in self._ranges.values():
+            each.write()
+
+    def places(self, kinds: Collection[str]) -> dict[str, Key]:
+        """Friendly name -> output of the operators of these kinds that join two computed values, in graph order."""
+        return {
+            step.title: (step.name, 0)
+            for step in self._steps
+            if step.kind in kinds and sum(source in self._live for source, _ in step.inputs) > 1
+        }
+
+    def place(self, device: str) -> None:
+        """Move parameters and constants to a device; whole numbers stay, since shapes are read from them."""
+        self.to(device)
+        self._constants = {
+            key: value.to(device) if value.is_floating_point() else value
+            for key, value in self._constants.items()
+        }
+
+    # ------------------------------------------------------------------ reading the graph
+
+    def _kept_keys(self) -> frozenset[Key]:
+        return frozenset([*self.results, *(key for key in self.scores if key is not None)])
+
+    def _read(self, model: ov.Model) -> tuple[Step, ...]:
+        trained = {weight.key for weight in self._weights}
+        steps = []
+        for node in model.get_ordered_ops():
+            name, kind = node.get_name(), node.get_type_name()
+            if kind in ("Parameter", "Result") or (name, 0) in trained:
+                continue
+            if kind == "Constant":
+                if node.get_element_type().get_type_name() not in _UNREADABLE:
+                    self._constants[name, 0] = as_tensor(node)
+                continue
+            inputs = tuple(key_of(value) for value in node.input_values())
+            step = self._quantizer(node, inputs[0]) if kind == "FakeQuantize" else self._plain(node, inputs)
+            if any(source in self._live for source, _ in inputs):
+                self._live.add(name)
+            if all(key in self._constants for key in step.inputs) and kind != "Range":
+                self._fold(step)
+            else:
+                steps.append(step)
+        return tuple(steps)
+
+    def _plain(self, node: ov.Node, inputs: tuple[Key, ...]) -> Step:
+        own = self.own_batch
+        carries = (
+            node.get_type_name() in _BATCHED
+            and own is not None
+            and inputs[0][0] in self._live
+            and inputs[1] in self._constants
+            and whole(self._constants[inputs[1]])[:1] == [own]
+        )
+        return Step(
+            name=node.get_name(),
+            title=node.get_friendly_name(),
+            kind=node.get_type_name(),
+            function=function_of(node),
+            inputs=inputs,
+            carries_batch=carries,
+        )
+
+    def _quantizer(self, node: ov.Node, source: Key) -> Step:
+        keys = [key_of(value) for value in node.input_values()[1:]]
+        if not all(key in self._constants for key in keys):
+            raise refuse(node, "computed ranges")
+        bounds = [self._constants[key] for key in keys]
+        grid = Grid.of(*bounds, levels=int(node.get_attributes()["levels"]))
+        shape = bounds[0].shape
+        raw = [np.ascontiguousarray(bound.numpy()).tobytes() for bound in bounds]
+        content = b"".join([repr(tuple(shape)).encode(), *raw])
+        # A quantizer of a constant that is not trained stays as it is.
+        is_trained = self._trains and source not in self._constants
+        shared = self._ranges.setdefault(content, _Range(shape)) if is_trained else _Range(shape)
+        shared.nodes.append((node, bounds))
+        is_live = source[0] in self._live
+
+        def quantize(x: Any) -> Any:
+            if self.rounds or not is_live:
+                return fake_quantize(x, shared.theta, grid)
+            return clamp(x, shared.theta, grid)
+
+        return Step(
+            name=node.get_name(),
+            title=node.get_friendly_name(),
+            kind=node.get_type_name(),
+            function=quantize,
+            absorbs_relu=is_live and all(float(bound.min()) == 0 for bound in (grid.low,)),
+            inputs=(source,),
+            carries_batch=False,
+        )
+
+    def _fold(self, step: Step) -> None:
+        with torch.no_grad():
+            result = step.function(*(self._constants[key] for key in step.inputs))
+        results = result if isinstance(result, tuple | list) else (result,)
+        self._constants.update({(step.name, port): each for port, each in enumerate(results)})
+
+
+_UNREADABLE = frozenset({"string", "u4", "i4", "u1", "nf4", "u2", "f8e4m3", "f8e5m2", "f8e8m0", "f4e2m1"})
+"""Element types that numpy does not hold one value per item; a graph that computes with them has no mirror."""
+
+
+def _own_batch(model: ov.Model) -> int | None:
+    """The first size that all inputs have in common; None where it is dynamic."""
+    sizes = set()
+    for parameter in model.get_parameters():
+        shape = parameter.get_partial_shape()
+        if shape.rank.is_dynamic or not len(shape):
+            continue
+        sizes.add(int(shape[0].get_length()) if shape[0].is_static else None)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _scores_key(result: ov.Node) -> Key | None:
+    source = result.input_value(0).get_node()
+    return key_of(source.input_value(0)) if source.get_type_name() == "Softmax" else None

@@ -1,0 +1,120 @@
+"""FakeQuantize with gradients for values and ranges.
+
+Values pass gradients straight through inside the range and none outside (Bengio et al. 2013, arXiv 1308.3432).
+The range has one factor exp(theta) for both ends, learned as in LSQ (Esser et al. 2019, arXiv 1902.08153, section
+2.1) with the derivative taken in the logarithm: d y / d theta is y - x inside the range and y outside. Both ends
+scale together, so zero stays on the grid and a symmetric or unsigned range stays one: what OpenVINO's INT8 kernels
+ask for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_ON_GRID = 1e-3
+"""Of a step: how far zero may lie from the grid to count as on it."""
+_THINNING = 8
+"""A range's gradient is a sum over millions of values; that of every eighth sample of the batch serves as well."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Grid:
+    """The levels of a quantizer at theta = 0."""
+
+    low: Any
+    """Tensors that broadcast with the values."""
+    high: Any
+    levels: int
+    scale_out: Any
+    """Output = quantized input * scale + offset * exp(theta); 1 and 0 where both ranges are the same."""
+    offset_out: Any
+
+    @classmethod
+    def of(cls, low: Any, high: Any, out_low: Any, out_high: Any, *, levels: int) -> Grid:
+        """The grid of FakeQuantize's four ranges."""
+        scale = (out_high - out_low) / (high - low)
+        is_same = bool(torch.equal(low, out_low)) and bool(torch.equal(high, out_high))
+        return cls(
+            low=low,
+            high=high,
+            levels=levels,
+            scale_out=None if is_same else scale,
+            offset_out=None if is_same else out_low - scale * low,
+        )
+
+    @property
+    def step(self) -> Any:
+        """Between two levels."""
+        return (self.high - self.low) / (self.levels - 1)
+
+    def offset_levels(self) -> int | None:
+        """The level of zero, for one range with zero on its grid; None for other ones."""
+        if self.low.numel() != 1:
+            return None
+        place = -float(self.low) / float(self.step)
+        near = round(place)
+        return near if abs(place - near) < _ON_GRID and 0 <= near < self.levels else None
+
+
+def fake_quantize(x: Any, theta: Any, grid: Grid) -> Any:
+    """`x` on the grid scaled by exp(theta), with gradients for both."""
+    return _onto_output(_FakeQuantize.apply(x, theta, grid), theta, grid)
+
+
+def clamp(x: Any, theta: Any, grid: Grid) -> Any:
+    """`x` inside the grid's range, as `fake_quantize` without its rounding."""
+    factor = torch.exp(theta)
+    return _onto_output(torch.clamp(x, grid.low * factor, grid.high * factor), theta, grid)
+
+
+def _onto_output(y: Any, theta: Any, grid: Grid) -> Any:
+    if grid.scale_out is None:
+        return y
+    return y * grid.scale_out + grid.offset_out * torch.exp(theta)
+
+
+def to_levels(x: Any, theta: Any, grid: Grid) -> Any:
+    """The number of the level, from 0, that each value is rounded to."""
+    factor = torch.exp(theta)
+    low, high, step = grid.low * factor, grid.high * factor, grid.step * factor
+    return torch.round((torch.clamp(x, low, high) - low) / step)
+
+
+class _FakeQuantize(torch.autograd.Function):  # type: ignore[misc]
+    """The forward rule of OpenVINO's FakeQuantize onto its own input range, and the gradients above."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, theta: Any, grid: Grid) -> Any:
+        zero = grid.offset_levels()
+        if zero is None:
+            factor = torch.exp(theta)
+            low, high, step = grid.low * factor, grid.high * factor, grid.step * factor
+            y = to_levels(x, theta, grid).mul_(step).add_(low)
+        else:
+            # In place, and with numbers for tensors: a small network waits for memory, not for arithmetic.
+            step = float(grid.step) * math.exp(float(theta))
+            low, high = -zero * step, (grid.levels - 1 - zero) * step
+            y = (x * (1 / step)).round_().clamp_(-zero, grid.levels - 1 - zero).mul_(step)
+        ctx.save_for_backward(x, y, theta)
+        ctx.bounds = (low, high, step)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> tuple[Any, Any, None]:
+        x, y, theta = ctx.saved_tensors
+        low, high, step = ctx.bounds
+        if isinstance(low, float):
+            # Ends of the range count as inside: zeros are most of what a rectifier gives.
+            passed = torch.ops.aten.hardtanh_backward(grad, x, low - _ON_GRID * step, high + _ON_GRID * step)
+        else:
+            passed = torch.where((x >= low) & (x <= high), grad, 0.0)
+        if not ctx.needs_input_grad[1]:
+            return passed, None, None
+        rows = max(len(x) // _THINNING, 1) if isinstance(low, float) and x.ndim > 1 else len(x)
+        for_theta = grad[:rows] * y[:rows]
+        for_theta.sub_(passed[:rows] * x[:rows])
+        return passed, for_theta.sum_to_size(theta.shape).mul_(len(x) / rows), None
