@@ -22,8 +22,11 @@ from vinoopt.bundle import Bundle
 from vinoopt.compiler import yardstick_for
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.judge import Judge, Shared
+from vinoopt.compression.options import DISTILL, EFFORTS, without_training
 from vinoopt.compression.scope import resolve_ignored
-from vinoopt.compression.search import ROUNDS, SearchOptions, search
+from vinoopt.compression.search import SearchOptions, search
+from vinoopt.distillation.needs import require_torch
+from vinoopt.distillation.stage import StageOptions, distill_beyond
 from vinoopt.errors import DataError, DeviceError, InputError, MetricError
 from vinoopt.forecast import Forecast
 from vinoopt.frontend.normalize import SourceModel, load_model, require_static
@@ -69,6 +72,8 @@ _LEAST_TUNING_S = 4.0
 _CONTRACTIONS = frozenset(
     {"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul", "LSTMSequence", "GRUSequence"}
 )
+SEARCH_SHARE = 0.35
+"""Of a time limit, what the training-free search has where candidates are distilled after it."""
 HELD_BYTES = 512 << 20
 """Of each part of the data that may be held in memory."""
 
@@ -134,7 +139,7 @@ def compile(
 
     `time_limit_s` holds for the whole run. What must follow the search is reserved for: the judgement on the test
     part, the final comparison (shorter under a short limit), writing. Reading model and data and running the
-    float model on the search and test parts come before it and are not cut short; a search keeps a quarter of
+    float model on the search and test parts come before it and are not cut short; a search keeps 40% of
     the limit in any case. So a limit below about twice those stages is overrun. What the search has when its
     time is up is used, at the least the float model.
 
@@ -271,8 +276,10 @@ def _search_all(
     request: CompileRequest, handed: Handed, *, clock: Clock, resume: bool, say: Listener
 ) -> tuple[Material, list[Choice]]:
     """What all targets share, and the choice for each of them."""
-    if request.effort not in ROUNDS:
-        raise InputError(f'effort "{request.effort}" is not one of {", ".join(ROUNDS)}')
+    if request.effort not in EFFORTS:
+        raise InputError(f'effort "{request.effort}" is not one of {", ".join(EFFORTS)}')
+    if request.effort == DISTILL:
+        require_torch()
     devices = _check_targets(request.targets)
     say(Event(stage="load", message=f"reading {request.model}"))
     source = load_model(request.model, shape=request.shape, preprocess=request.preprocess)
@@ -352,11 +359,11 @@ def _facts(
         calibration=min(len(splits.calibration), request.subset_size),
         layers=sum(node.get_type_name() in _CONTRACTIONS for node in source.model.get_ops()),
         formats=len(yardstick.float_precisions),
-        effort=request.effort,
+        effort=without_training(request.effort),
         quantize=request.quantize and not source.quantized,
         prune=request.prune and not source.quantized,
         is_tuned=is_tuned,
-        final_s=final_seconds(request.effort, request.time_limit_s),
+        final_s=final_seconds(without_training(request.effort), request.time_limit_s),
     )
 
 
@@ -415,7 +422,7 @@ def _yardsticks(
             spec,
             reference=source.model,
             samples=samples,
-            seconds=final_seconds(request.effort, request.time_limit_s),
+            seconds=final_seconds(without_training(request.effort), request.time_limit_s),
         )
         for target, spec in zip(request.targets, devices, strict=True)
     ]
@@ -551,7 +558,7 @@ def _search_options(
         max_pruning=request.max_pruning,
         channel_multiple=spec.channel_multiple,
         seed=request.seed,
-        effort=request.effort,
+        effort=without_training(request.effort),
         deadline=deadline,
     )
 
@@ -593,11 +600,21 @@ def _choose_for(
     def say(text: str) -> None:
         material.say(Event(stage="search", message=f"{target}: {text}"))
 
-    found = search(judge, options, say=say)
+    found = search(judge, _before_training(options, material.request), say=say)
+    if material.request.effort == DISTILL and not found.is_interrupted:
+        found = distill_beyond(judge, found, StageOptions(deadline=options.deadline, seed=options.seed), say=say)
     test = TestPart(data=splits.test, reference=material.test_reference)
     with material.forecast.stage("choose"):
         choice = choose(judge, yardstick, found, test, say=say)
     return replace(choice, interrupted=found.is_interrupted)
+
+
+def _before_training(options: SearchOptions, request: CompileRequest) -> SearchOptions:
+    """The options with the part of the time that the search has where candidates are trained after it."""
+    if request.effort != DISTILL or options.deadline is None:
+        return options
+    now = time.monotonic()
+    return replace(options, deadline=now + SEARCH_SHARE * max(options.deadline - now, 0.0))
 
 
 def _all_tuned(

@@ -41,7 +41,13 @@ INTERRUPTED = 130
 @click.option("--no-prune", is_flag=True, help="Keep all channels.")
 @click.option("--no-tune", is_flag=True, help="Keep the latency hint; race no other runtime properties.")
 @click.option("--max-pruning", type=click.FloatRange(0, 1, max_open=True), default=0.5, show_default=True)
-@click.option("--effort", type=click.Choice(["fast", "balanced", "thorough"]), default="balanced", show_default=True)
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "balanced", "thorough", "distill"]),
+    default="balanced",
+    show_default=True,
+    help="distill: train faster candidates on the calibration data, without labels; needs PyTorch.",
+)
 @click.option("--time-limit", help="Stop searching after 90s, 15m, 2h and take the best so far.")
 @click.option("--resume", is_flag=True, help="Take over the trials of an earlier run with the same model and data.")
 @click.option("--seed", type=int, default=0, show_default=True)
