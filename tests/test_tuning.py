@@ -1,13 +1,13 @@
-"""Tuning: the space of settings, the parity gate, the race and its journal, on a real device."""
+"""Tuning: the space of settings, the parity gate, the race and its database, on a real device."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
+import optuna
 import psutil
 import pytest
 from hypothesis import given
@@ -17,7 +17,15 @@ from openvino import opset13 as ops
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig, Sample
 from vinoopt.errors import DeviceError, InputError
 from vinoopt.hardware.detect import cpu_flags
-from vinoopt.records import Device, DeviceSpec, Evidence, Measurement, Precision, RuntimeProperties
+from vinoopt.records import (
+    Comparison,
+    Device,
+    DeviceSpec,
+    Evidence,
+    Measurement,
+    Precision,
+    RuntimeProperties,
+)
 from vinoopt.tuning import (
     Goal,
     Parity,
@@ -32,7 +40,8 @@ from vinoopt.tuning import (
 from vinoopt.tuning.parity import departure, parity
 from vinoopt.tuning.race import _word
 from vinoopt.tuning.settings import _ladder
-from vinoopt.tuning.trials import FINAL_STATES, Journal
+from vinoopt.tuning.study import Study
+from vinoopt.tuning.trials import FINAL_STATES
 
 
 def _model(seed: int = 0, *, offset: float = 0.0) -> ov.Model:
@@ -188,8 +197,11 @@ def _only(**tuning: tuple[str, ...]) -> DeviceSpec:
 class FakeBench:
     """Gives every contestant the speed that the table says for its setting."""
 
-    def __init__(self, speeds: dict[str, float], p90_ms: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, speeds: dict[str, float], p90_ms: dict[str, float] | None = None, *, usual_p90_ms: float = 1.0
+    ) -> None:
         self.speeds, self.p90_ms, self.seen = speeds, p90_ms or {}, list[tuple[str, ...]]()
+        self.usual_p90_ms = usual_p90_ms
 
     def __call__(
         self, contestants: Sequence[Contestant], samples: Sequence[Sample], *, config: MeasureConfig
@@ -205,7 +217,7 @@ class FakeBench:
                     device="CPU",
                     evidence=Evidence.MEASURED,
                     latency_p50_ms=float(np.median(times)),
-                    latency_p90_ms=self.p90_ms.get(each.name, 1.0),
+                    latency_p90_ms=self.p90_ms.get(each.name, self.usual_p90_ms),
                     rounds_ms=tuple(map(float, times)),
                 )
             )
@@ -264,9 +276,9 @@ def test_a_slower_setting_wins_where_the_default_breaks_the_limit(samples: list[
     config = TuneConfig(goal=Goal.THROUGHPUT, latency_limit_ms=2.0)
     late = {"default": 9.0, THREADS: 9.0, PINNING: 9.0, f"{PINNING} {THREADS}": 9.0}
     result = tune(task, config=config, measure=FakeBench({STREAMS: 0.8}, late))
-    assert result.chosen.properties.as_dict() == {"NUM_STREAMS": "1"}
+    assert result.chosen.properties.as_dict()["NUM_STREAMS"] == "1"
 
-    nobody = tune(task, config=config, measure=FakeBench({}, {**late, STREAMS: 9.0}))
+    nobody = tune(task, config=config, measure=FakeBench({}, usual_p90_ms=9.0))
     assert nobody.is_default
     assert any("no setting keeps the latency limit of 2 ms" in each for each in nobody.warnings)
 
@@ -319,73 +331,116 @@ def test_unusable_requests_are_refused(samples: list[Sample]) -> None:
 
 
 def test_a_race_on_the_real_device(samples: list[Sample], tmp_path: Path) -> None:
-    journal = tmp_path / "tune.jsonl"
+    storage = tmp_path / "tune.db"
     config = TuneConfig(turn_ms=0.5)
     task = TuneTask(model=_model(), samples=samples)
     seen: list[SettingTrial] = []
-    result = tune(task, config=config, journal=journal, progress=seen.append)
+    result = tune(task, config=config, storage=storage, progress=seen.append)
 
     ov.Core().compile_model(task.model, "CPU", result.properties.as_dict())
     assert result.trials == tuple(seen)
     assert result.chosen.state is SettingState.CHOSEN
     assert all(each.reason for each in seen if each.state is not SettingState.CHOSEN)
-    assert len(journal.read_text().splitlines()) == len(seen)
+    (name,) = optuna.study.get_all_study_names(f"sqlite:///{storage}")
+    kept = optuna.load_study(study_name=name, storage=f"sqlite:///{storage}")
+    assert kept.best_value >= 0
+    assert {each.properties for each in seen} == set(Study(storage, name, axes("CPU", is_stream=False)).known)
 
 
-# --------------------------------------------------------------------------- journal
+# --------------------------------------------------------------------------- database
 
 
 def test_settings_that_left_the_race_are_not_tried_again(samples: list[Sample], tmp_path: Path) -> None:
-    journal = tmp_path / "tune.jsonl"
+    storage = tmp_path / "tune.db"
     task = TuneTask(model=_model(), samples=samples, spec=THREE)
     speeds = {THREADS: 1.2, PINNING: 0.9, STREAMS: 0.8}
     first, second, other = FakeBench(speeds), FakeBench(speeds), FakeBench(speeds)
-    before = tune(task, config=STREAM, journal=journal, measure=first)
-    after = tune(task, config=STREAM, journal=journal, measure=second)
+    before = tune(task, config=STREAM, storage=storage, measure=first)
+    after = tune(task, config=STREAM, storage=storage, measure=second)
     tune(
-        TuneTask(model=_model(1), samples=samples, spec=THREE), config=STREAM, journal=journal, measure=other
+        TuneTask(model=_model(1), samples=samples, spec=THREE), config=STREAM, storage=storage, measure=other
     )
 
     assert after.properties == before.properties
-    assert _states(after) == _states(before)
-    assert any(PINNING in name for seen in first.seen for name in seen)
-    assert not any(PINNING in name for seen in second.seen for name in seen)
-    assert any(PINNING in name for seen in other.seen for name in seen)
+    gone = {name: state for name, state in _states(before).items() if state in FINAL_STATES}
+    assert gone
+    assert gone.items() <= _states(after).items()  # leaders race again
+    assert any(PINNING in seen for seen in first.seen)
+    assert not any(PINNING in seen for seen in second.seen)
+    assert any(PINNING in seen for seen in other.seen)
 
 
 def test_the_time_limit_leaves_settings_untried(samples: list[Sample], tmp_path: Path) -> None:
-    journal = tmp_path / "tune.jsonl"
+    storage = tmp_path / "tune.db"
     task = TuneTask(model=_model(), samples=samples, spec=THREE)
     hurried = TuneConfig(goal=Goal.THROUGHPUT, seconds=1e-6)
-    result = tune(task, config=hurried, journal=journal, measure=FakeBench({}))
+    result = tune(task, config=hurried, storage=storage, measure=FakeBench({}))
     assert _states(result)[THREADS] is SettingState.NOT_TRIED
     resumed = FakeBench({THREADS: 1.5})
-    assert not tune(task, config=STREAM, journal=journal, measure=resumed).is_default
+    assert not tune(task, config=STREAM, storage=storage, measure=resumed).is_default
 
 
-def test_a_cut_off_line_is_forgotten(tmp_path: Path) -> None:
-    path = tmp_path / "tune.jsonl"
-    trial = SettingTrial(
-        properties=RuntimeProperties.of({"A": "1"}), state=SettingState.DROPPED, reason="slow"
+SPACE = {"A": ("1", "2"), "B": ("1", "2", "3")}
+
+
+def _trial(speedup: float, state: SettingState = SettingState.DROPPED, **properties: str) -> SettingTrial:
+    comparison = Comparison(
+        reference="default",
+        candidate="it",
+        speedup=speedup,
+        low=speedup,
+        high=speedup,
+        is_significant=True,
+        evidence=Evidence.MEASURED,
     )
-    Journal.open(path, "k").write([trial])
-    with path.open("a") as stream:
-        stream.write('{"key": "k", "tri')
-    assert Journal.open(path, "k").closed == {trial.properties: trial}
-    Journal.open(path, "k").write([trial])
-    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["k", "k"]
+    return SettingTrial(
+        properties=RuntimeProperties.of(properties), state=state, reason="so", comparison=comparison
+    )
 
 
-@pytest.mark.parametrize("line", ["hello", "[1]", '{"key": "k"}'])
-def test_a_file_that_is_no_journal_is_refused(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text(f"{line}\n")
-    with pytest.raises(InputError, match=r"notes.txt:1: not a line of a tuning journal"):
-        Journal.open(path, "k")
+def test_trials_are_found_again_under_their_key(tmp_path: Path) -> None:
+    path = tmp_path / "tune.db"
+    trial = _trial(0.9, A="1")
+    study = Study(path, "k", SPACE)
+    study.tell(trial)
+    study.tell(_trial(0.5, SettingState.OVER_LIMIT, B="3"))
+    study.tell(SettingTrial(properties=RuntimeProperties.of({"B": "2"}), state=SettingState.FAILED, reason="no"))
+    again = Study(path, "k", SPACE)
+    assert again.closed[trial.properties] == trial
+    assert len(again.closed) == 3
+    assert not Study(path, "other", SPACE).known
 
 
 @pytest.mark.parametrize("state", [s for s in SettingState if s not in FINAL_STATES])
 def test_leaders_race_again(tmp_path: Path, state: SettingState) -> None:
-    path = tmp_path / "tune.jsonl"
-    Journal.open(path, "k").write([SettingTrial(properties=RuntimeProperties(), state=state)])
-    assert Journal.open(path, "k").closed == {}
+    path = tmp_path / "tune.db"
+    Study(path, "k", SPACE).tell(_trial(1.2, state, A="1"))
+    again = Study(path, "k", SPACE)
+    assert again.known
+    assert not again.closed
+
+
+def test_suggestions_are_new_combinations_and_outlive_the_race(tmp_path: Path) -> None:
+    path = tmp_path / "tune.db"
+    study = Study(path, "k", SPACE)
+    for value in ("1", "2"):
+        study.tell(_trial(1.1, A=value))
+    known = _trial(1.3, A="1", B="1")
+    study.tell(known)
+    found = study.suggest(3)
+    assert len(set(found)) == 3
+    assert known.properties not in found
+    assert all(len(each.items) == 2 for each in found)
+    study.tell(_trial(0.8, **found[0].as_dict()))
+    study.close()
+    assert Study(path, "k", SPACE).suggest(1) == [found[0]]
+    assert len(Study(None, "k", {"A": ("1",)}).suggest(5)) == 0  # there is nothing to combine
+
+
+@pytest.mark.parametrize("content", [b"hello\n", b"SQLite format 3\x00 but no more"])
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"notes\.txt cannot be used"):
+        Study(path, "k", SPACE)
+    assert path.read_bytes() == content

@@ -35,7 +35,11 @@ _GOALS = {"latency": "latency", "throughput": "throughput", "tput": "throughput"
 @click.option("--data", help="Real inputs: npz, npy, or a folder.")
 @preprocess_options
 @click.option("--allow-code", is_flag=True, help="Let --data import module:attribute.")
-@click.option("--journal", type=click.Path(dir_okay=False, path_type=Path), help="JSONL file to resume from.")
+@click.option(
+    "--storage",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="SQLite file of optuna that keeps the trials; a later run resumes from it.",
+)
 @click.option(
     "-o",
     "--output",
@@ -62,7 +66,7 @@ def tune(model: str | None, model_option: str | None, **options: Any) -> None:
     )
     for message in messages:
         click.echo(message, err=True)
-    result = tuning.tune(task, config=config, journal=options["journal"], progress=_show)
+    result = tuning.tune(task, config=config, storage=options["storage"], progress=_show)
     for warning in result.warnings:
         click.echo(warning, err=True)
     if options["output"] is not None:

@@ -6,8 +6,9 @@ compiled = core.compile_model(model, "CPU", result.properties.as_dict())
 
 from vinoopt.tuning.bisection import LayerDeparture, Variant, first_departure
 from vinoopt.tuning.parity import Parity
-from vinoopt.tuning.race import TuneTask, tune
+from vinoopt.tuning.race import tune
 from vinoopt.tuning.settings import axes
+from vinoopt.tuning.task import TuneTask
 from vinoopt.tuning.trials import Goal, SettingState, SettingTrial, TuneConfig, TuneResult
 
 __all__ = [

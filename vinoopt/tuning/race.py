@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,14 +11,16 @@ from typing import Protocol
 
 import openvino as ov
 
-from vinoopt import bench, serde
+from vinoopt import bench
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig, MeasureMode, Sample
 from vinoopt.errors import DeviceError, InputError
-from vinoopt.records import DeviceSpec, Measurement, RuntimeProperties
+from vinoopt.records import Measurement, RuntimeProperties
 from vinoopt.tuning.bisection import Variant, first_departure
 from vinoopt.tuning.parity import Outputs, Parity, departure, parity, run_all
-from vinoopt.tuning.settings import axes
-from vinoopt.tuning.trials import Goal, Journal, SettingState, SettingTrial, TuneConfig, TuneResult
+from vinoopt.tuning.settings import Values, axes
+from vinoopt.tuning.study import Study
+from vinoopt.tuning.task import TuneTask, digest_of
+from vinoopt.tuning.trials import Goal, SettingState, SettingTrial, TuneConfig, TuneResult
 
 HEAT_SIZE = 6
 """Settings compiled at the same time, the default among them: each holds a copy of the weights."""
@@ -29,6 +29,8 @@ FINAL_ROUNDS = 15
 DUEL_ROUNDS = 40
 LEADERS = 3
 """Settings that are combined with each other, and that reach the final."""
+SUGGESTIONS = 10
+"""Settings of several properties that optuna may name, in two heats."""
 PARITY_SAMPLES = 64
 DEFAULT = "default"
 NOTHING = RuntimeProperties()
@@ -43,47 +45,40 @@ class Measure(Protocol):
         """Measurements in the order of the contestants."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TuneTask:
-    """The model, where it runs, and what its outputs are held against."""
-
-    model: ov.Model
-    samples: Sequence[Sample]
-    device: str = "CPU"
-    spec: DeviceSpec | None = None
-    """Adds the hardware profile's values worth trying."""
-    reference: ov.Model | None = None
-    """The float model; None: `model` itself, computed in f32."""
-
-
 def tune(
     task: TuneTask,
     *,
     config: TuneConfig | None = None,
-    journal: Path | None = None,
+    storage: Path | None = None,
     progress: Callable[[SettingTrial], None] | None = None,
     measure: Measure = bench.measure,
 ) -> TuneResult:
     """The runtime properties that serve the goal best on this machine, with the evidence.
 
-    Every setting of one property is raced against the default in short heats; the leaders are combined and
-    raced again; the best of a final meets the default in a duel on fresh rounds, and displaces it only by a
-    significant gain. Settings whose outputs fall below `min_cosine` or `min_agreement` against the float
-    reference, and below the default's own, are refused before they are timed. `journal` is a JSONL file:
-    settings that left the race there for the same model, device and configuration are not tried again.
-    Raises `DeviceError` where the default itself does not run, `InputError` for an unusable request.
+    Every setting of one property is raced against the default in short heats; the leaders are combined and raced
+    again, and so is what optuna suggests from all that was learnt; the best of a final meets the default in a duel on
+    fresh rounds, and displaces it only by a significant gain. Settings whose outputs fall below `min_cosine` or
+    `min_agreement` against the float reference, and below the default's own, are refused before they are timed.
+    `storage` is a database file of optuna: settings that left the race there for the same model, device and
+    configuration are not tried again. Raises `DeviceError` where the default itself does not run, `InputError` for
+    an unusable request.
     """
     config = config or TuneConfig()
     if config.latency_limit_ms is not None and config.goal is Goal.LATENCY:
         raise InputError("a latency limit belongs to the goal throughput; for least latency leave it out")
     if not task.samples:
         raise InputError("tuning needs samples to run on")
-    kept = Journal.open(journal, _key(task, config))
-    race = _Race(task=task, config=config, journal=kept, progress=progress, measure=measure)
-    leaders = race.heats([each for each in _single_settings(task, config) if not race.is_default(each)])
-    leaders += race.heats(list(_combined(leaders[:LEADERS])))
-    leaders.sort(key=lambda each: each.gain, reverse=True)
-    return race.finish(leaders)
+    space = _space(task, config)
+    study = Study(storage, digest_of(task, config, space), space, seed=config.seed)
+    race = _Race(task=task, config=config, study=study, progress=progress, measure=measure)
+    try:
+        leaders = race.heats([each for each in _single_settings(space) if not race.is_default(each)])
+        leaders += race.heats(list(_combined(leaders[:LEADERS])))
+        leaders += race.heats(study.suggest(SUGGESTIONS))
+        leaders.sort(key=lambda each: each.gain, reverse=True)
+        return race.finish(leaders)
+    finally:
+        study.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,12 +104,12 @@ class _Race:
         *,
         task: TuneTask,
         config: TuneConfig,
-        journal: Journal,
+        study: Study,
         progress: Callable[[SettingTrial], None] | None,
         measure: Measure,
     ) -> None:
         self.measure = measure
-        self.task, self.config, self.journal, self.progress = task, config, journal, progress
+        self.task, self.config, self.study, self.progress = task, config, study, progress
         self.trials: list[SettingTrial] = []
         self.warnings: list[str] = []
         self.deadline = time.monotonic() + config.seconds if config.seconds else None
@@ -212,6 +207,7 @@ class _Race:
                 self._record([self._trial(entrant, SettingState.DROPPED, reason, result)])
             else:
                 trial = self._trial(entrant, SettingState.LEADER, f"{gain:.3f}x in its heat", result)
+                self.study.tell(trial)
                 leaders.append(_Leader(trial=trial, gain=gain))
         return leaders
 
@@ -299,8 +295,8 @@ class _Race:
             )
 
     def _is_known(self, setting: RuntimeProperties) -> bool:
-        """Whether the journal saw it leave the race; its trial is then taken over."""
-        trial = self.journal.closed.get(setting)
+        """Whether it left an earlier race; its trial is then taken over."""
+        trial = self.study.closed.get(setting)
         if trial is not None:
             self.trials.append(trial)
         return trial is not None
@@ -308,7 +304,8 @@ class _Race:
     def _record(self, trials: Iterator[SettingTrial] | Sequence[SettingTrial]) -> None:
         ended = tuple(trials)
         self.trials.extend(ended)
-        self.journal.write(ended)
+        for trial in ended:
+            self.study.tell(trial)
         if self.progress is not None:
             for trial in ended:
                 self.progress(trial)
@@ -328,12 +325,17 @@ def _word(value: object) -> str:
     return str(value.get_type_name()) if isinstance(value, ov.Type) else str(value).rpartition(".")[2]
 
 
-def _single_settings(task: TuneTask, config: TuneConfig) -> Iterator[RuntimeProperties]:
+def _space(task: TuneTask, config: TuneConfig) -> dict[str, Values]:
+    """The properties that may move, with their values, in the order of their names."""
     is_stream = config.goal is Goal.THROUGHPUT
+    found = axes(task.device, task.spec, is_stream=is_stream, model=task.model)
     fixed = config.base.as_dict()
-    for key, values in sorted(axes(task.device, task.spec, is_stream=is_stream, model=task.model).items()):
-        if key not in fixed:
-            yield from (RuntimeProperties.of({key: value}) for value in values)
+    return {key: values for key, values in sorted(found.items()) if key not in fixed}
+
+
+def _single_settings(space: Mapping[str, Values]) -> Iterator[RuntimeProperties]:
+    for key, values in space.items():
+        yield from (RuntimeProperties.of({key: value}) for value in values)
 
 
 def _combined(leaders: Sequence[_Leader]) -> Iterator[RuntimeProperties]:
@@ -353,39 +355,3 @@ def _compiled(model: ov.Model, device: str, properties: RuntimeProperties) -> ov
     except RuntimeError as exc:
         reason = str(exc).strip().splitlines()[-1]
         raise DeviceError(f"{device} does not take {_name(properties)}: {reason}") from exc
-
-
-def _key(task: TuneTask, config: TuneConfig) -> str:
-    """Digest of all that decides whether a setting leaves the race."""
-    core = ov.Core()
-    facts = {
-        "model": _fingerprint(task.model),
-        "reference": _fingerprint(task.reference) if task.reference is not None else None,
-        "device": task.device,
-        "name": core.get_property(task.device, "FULL_DEVICE_NAME") if _is_here(core, task.device) else "",
-        "openvino": ov.get_version(),
-        "config": serde.to_json(serde.replace(config, seconds=None)),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _is_here(core: ov.Core, device: str) -> bool:
-    return device in core.available_devices
-
-
-def _fingerprint(model: ov.Model) -> str:
-    """Digest of the operators, their shapes and the constants, in the order of execution."""
-    digest = hashlib.sha256()
-    for op in model.get_ordered_ops():
-        shapes = [str(port.get_partial_shape()) for port in op.outputs()]
-        sources = [port.get_source_output().get_node().get_type_name() for port in op.inputs()]
-        digest.update(json.dumps([op.get_type_name(), shapes, sources, str(op.get_attributes())]).encode())
-        if op.get_type_name() == "Constant":
-            digest.update(_constant_bytes(op))
-    return digest.hexdigest()
-
-
-def _constant_bytes(op: ov.Node) -> bytes:
-    if op.get_element_type() == ov.Type.string:
-        return json.dumps([str(each) for each in op.get_value_strings()]).encode()
-    return bytes(op.get_tensor_view().data.tobytes())

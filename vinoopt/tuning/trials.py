@@ -1,17 +1,11 @@
-"""What tuning is asked, what it tried, and the journal that lets it be resumed."""
+"""What tuning is asked, and what it tried."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 
 from pydantic import Field
 
-from vinoopt import serde
-from vinoopt.errors import InputError
 from vinoopt.records import Comparison, Measurement, Record, RuntimeProperties
 from vinoopt.tuning.parity import Parity
 
@@ -107,52 +101,3 @@ class TuneResult(Record):
     def is_default(self) -> bool:
         """Whether the default stays."""
         return not self.chosen.properties.items
-
-
-@dataclass(frozen=True, kw_only=True)
-class Journal:
-    """Trials that ended, one JSON object a line, each with the digest of what it belongs to."""
-
-    path: Path | None
-    key: str
-    closed: dict[RuntimeProperties, SettingTrial] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, path: Path | None, key: str) -> Journal:
-        """The journal with the trials of this key; a last line that was cut off is left out.
-
-        Raises `InputError` where the file is something else.
-        """
-        journal = cls(path=path, key=key)
-        if path is None or not path.is_file():
-            return journal
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            trial = _read_line(line, key, where=f"{path}:{number}")
-            if trial is not None and trial.state in FINAL_STATES:
-                journal.closed[trial.properties] = trial
-        return journal
-
-    def write(self, trials: Sequence[SettingTrial]) -> None:
-        """Append the trials, on the disk when this returns."""
-        if self.path is None:
-            return
-        if self.path.is_file() and (kept := self.path.read_bytes()) and not kept.endswith(b"\n"):
-            self.path.write_bytes(kept[: kept.rfind(b"\n") + 1])  # a line that was cut off
-        with self.path.open("a", encoding="utf-8") as stream:
-            for trial in trials:
-                stream.write(json.dumps({"key": self.key, "trial": trial.model_dump(mode="json")}) + "\n")
-
-
-def _read_line(line: str, key: str, *, where: str) -> SettingTrial | None:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as exc:
-        raise InputError(f"{where}: not a line of a tuning journal; choose another file") from exc
-    if not isinstance(entry, dict) or set(entry) != {"key", "trial"}:
-        raise InputError(f"{where}: not a line of a tuning journal; choose another file")
-    if entry["key"] != key:
-        return None
-    return serde.from_mapping(SettingTrial, entry["trial"], where=where)
