@@ -167,6 +167,76 @@ def test_where_running_is_cheaper_accuracy_comes_first(
     assert judge.judge(with_floats("inner1"), beat_ms=1.0).drop is not None
 
 
+class NoVnni(Ruler):
+    """INT8 takes twice as long as float in the blocks `slow`, and half as long elsewhere; conversions cost `change`.
+
+    Times are in microseconds.
+    """
+
+    def __init__(self, *slow: str, change: float = 0.0) -> None:
+        super().__init__()
+        self.slow, self.change = slow, change
+        self.blocks = ["first", "inner0", "inner1", "inner2"]
+
+    def _us(self, plan: CompressionPlan, name: str) -> float:
+        is_float = plan.quantization is None or name in plan.quantization.float_layers
+        return 100.0 if is_float else 200.0 if name in self.slow else 50.0
+
+    def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
+        self.timed.append(plan)
+        floats = self.blocks if plan.quantization is None else plan.quantization.float_layers
+        changes = sum((a in floats) != (b in floats) for a, b in zip(self.blocks, self.blocks[1:], strict=False))
+        us = sum(self._us(plan, name) for name in self.blocks) + changes * self.change
+        return Measurement(name=plan.title, device="none", evidence=Evidence.MODELLED, latency_p50_ms=us / 1e3)
+
+    def block_times(self, plan: CompressionPlan, model: ov.Model, blocks: Sequence[str]) -> Mapping[str, float]:
+        return {name: self._us(plan, name) for name in blocks}
+
+
+def fastest(judge: Judge) -> tuple[Trial, tuple[str, ...]]:
+    found = search(judge, options(effort="fast"), say=lambda text: None)
+    return found.candidates[0], found.reasons
+
+
+def test_blocks_that_int8_makes_slower_stay_float(model: ov.Model, reference: Predictions, tmp_path: Path) -> None:
+    best, reasons = fastest(judge_of(model, reference, tmp_path, NoVnni("first", "inner0")))
+    assert best.plan == with_floats("first", "inner0")
+    assert any("2 of 4 blocks are not faster in INT8" in reason for reason in reasons)
+
+
+def test_a_slower_block_stays_int8_where_conversions_cost_more(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge = judge_of(model, reference, tmp_path, NoVnni("inner1", change=80.0))
+    best, reasons = fastest(judge)
+    assert best.plan == INT8
+    assert any("would cost more in conversions" in reason for reason in reasons)
+    assert not judge.knows(with_floats("inner1"))
+
+
+def test_where_int8_is_slower_throughout_the_float_model_is_the_fastest(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    best, _ = fastest(judge_of(model, reference, tmp_path, NoVnni("first", "inner0", "inner1", "inner2")))
+    assert best.plan == FLOAT
+
+
+def test_a_tighter_budget_gives_a_slower_and_milder_point(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    times, floats = [], []
+    for number, near in enumerate((0.5, 0.1, 0.07, 0.02)):
+        judge = judge_of(model, reference, tmp_path / str(number), NoVnni(), near=near, max_drop=0.0)
+        best, _ = fastest(judge)
+        assert best.latency is not None
+        times.append(best.latency.latency_p50_ms)
+        floats.append(4 if best.plan.quantization is None else len(best.plan.quantization.float_layers))
+    assert times == sorted(times)
+    assert floats[0] == 0
+    assert floats[-1] == 4
+    assert len(set(floats)) == 4
+
+
 # --------------------------------------------------------------------------- resuming
 
 

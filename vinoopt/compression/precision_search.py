@@ -356,6 +356,9 @@ class _Run:
 
     def _judge_floats(self, whole: CompressionPlan, floats: Collection[str], note: str) -> Trial:
         plan = _with_floats(whole, floats)
+        known = next((trial for trial in self.judge.trials if trial.plan == plan), None)
+        if known is not None:
+            return known
         self.say(f"{plan.title}: {note}")
         trial = self.judge.judge(plan, note=note, beat_ms=self._best_ms())
         if trial.latency is not None and self.seen:
