@@ -7,7 +7,7 @@ import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from vinoopt.toolchains.npu_rewrites import rewrite
+from vinoopt.toolchains.npu_rewrites import explained, rewrite
 
 SIZE, CHANNELS = 6, 16
 RANGES = {"u8": (0.0, 4.0, 256), "i8": (-4.0, 3.96875, 256), "odd": (-0.37, 2.91, 256)}
@@ -93,3 +93,17 @@ def test_border_of_a_picture_is_not_touched() -> None:
     kernel = np.ones((4, CHANNELS + 1, 3, 3), np.float32)
     conv = ops.convolution(pad, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
     assert rewrite(ov.Model([ops.result(conv)], [picture], "border"), "3720") == ()
+
+
+def test_refusal_over_a_place_names_the_layers_that_it_is_about() -> None:
+    picture = ops.parameter([1, CHANNELS, SIZE, SIZE], np.float32)
+    zeros = ops.constant(np.zeros((1, 8, SIZE, SIZE), np.float32))
+    odd = ops.concat([zeros, picture, zeros], 1)
+    odd.set_friendly_name("odd")
+    even = ops.concat([odd, picture], 1)
+    even.set_friendly_name("even")
+    model = ov.Model([ops.result(even)], [picture], "joined")
+    words = "ConvertVPUMI37XX2ELF failed : Base address not aligned to 16B multiple."
+    assert "place some elsewhere: odd; keep them in float" in explained(model, words)
+    assert explained(model, "no such operator") == "no such operator"
+    assert explained(padded(begin=0), words) == words

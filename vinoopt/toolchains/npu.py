@@ -17,7 +17,7 @@ import openvino as ov
 from pydantic import Field
 
 from vinoopt import serde
-from vinoopt.errors import TargetError, ToolchainError, ToolchainMissing
+from vinoopt.errors import TargetError, ToolchainError, ToolchainMissing, ToolchainRefused
 from vinoopt.records import (
     Availability,
     Build,
@@ -212,7 +212,10 @@ class NpuToolchain:
                 timeout_s=timeout_s,
                 memory_limit_bytes=self.memory_limit_bytes,
             )
-            result = call_compiler(route, call, blob=output)
+            try:
+                result = call_compiler(route, call, blob=output)
+            except ToolchainRefused as exc:
+                raise ToolchainRefused(npu_rewrites.explained(model, str(exc))) from exc
         is_quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
         summary = Summary.of(route, result, is_quantized=is_quantized)
         return Build(

@@ -23,6 +23,8 @@ _RANK = 4
 _CHANNELS = 1
 _ALIGNMENT = 16
 _MISALIGNS = frozenset({"3720"})
+_MISPLACED = "Base address not aligned"
+"""The compiler's words."""
 _CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
 # Layers that NNCF puts no quantizer behind: what comes out of them is as quantized as what went in.
 _PASSING = frozenset({"MaxPool", "Slice", "StridedSlice"})
@@ -33,6 +35,34 @@ def rewrite(model: ov.Model, platform: str) -> tuple[Diagnostic, ...]:
     """Replace such layers of `model` in place; one diagnostic for each, none where nothing was changed."""
     found = [node for node in model.get_ordered_ops() if _pads_channels(node)]
     return tuple(diagnostic for node in found for diagnostic in _replaced(node, platform))
+
+
+def explained(model: ov.Model, refusal: str) -> str:
+    """A refusal of the compiler, with the layers that it is about where the compiler's words do not name them."""
+    if _MISPLACED not in refusal:
+        return refusal
+    names = [node.get_friendly_name() for node in model.get_ordered_ops() if _joins_at_odd_channel(node)]
+    if not names:
+        return refusal
+    return (
+        f"{refusal} (quantized channels are placed at multiples of {_ALIGNMENT} only, and these layers place some "
+        f"elsewhere: {', '.join(names)}; keep them in float with --ignored-scope, or change their channels)"
+    )
+
+
+def _joins_at_odd_channel(node: ov.Node) -> bool:
+    """Whether a layer puts something behind a number of channels that is not a multiple of the alignment."""
+    kind = node.get_type_name()
+    if kind == "Pad":
+        begins = _values(node, 1)
+        return begins is not None and len(begins) > _CHANNELS and begins[_CHANNELS] % _ALIGNMENT != 0
+    if kind != "Concat" or node.get_attributes().get("axis") != _CHANNELS:
+        return False
+    shapes = [value.get_partial_shape() for value in node.input_values()]
+    if any(len(shape) <= _CHANNELS or shape[_CHANNELS].is_dynamic for shape in shapes):
+        return False
+    starts = np.cumsum([shape[_CHANNELS].get_length() for shape in shapes])[:-1]
+    return bool((starts % _ALIGNMENT).any())
 
 
 def _pads_channels(node: ov.Node) -> bool:
