@@ -29,8 +29,8 @@ FINAL_ROUNDS = 15
 DUEL_ROUNDS = 40
 LEADERS = 3
 """Settings that are combined with each other, and that reach the final."""
-SUGGESTIONS = 10
-"""Settings of several properties that optuna may name, in two heats."""
+SUGGESTED_HEATS = 2
+"""Heats of settings of several properties that optuna names, each after what the one before it taught."""
 PARITY_SAMPLES = 64
 DEFAULT = "default"
 NOTHING = RuntimeProperties()
@@ -74,7 +74,8 @@ def tune(
     try:
         leaders = race.heats([each for each in _single_settings(space) if not race.is_default(each)])
         leaders += race.heats(list(_combined(leaders[:LEADERS])))
-        leaders += race.heats(study.suggest(SUGGESTIONS))
+        for _ in range(SUGGESTED_HEATS):
+            leaders += [] if race.is_late else race.heats(study.suggest(HEAT_SIZE - 1))
         leaders.sort(key=lambda each: each.gain, reverse=True)
         return race.finish(leaders)
     finally:
@@ -122,6 +123,11 @@ class _Race:
             where = self._where(NOTHING, reference)
             self.warnings.append(f"the default setting itself departs from the float reference: {reason}{where}")
 
+    @property
+    def is_late(self) -> bool:
+        """Whether the time for heats is over."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
     def is_default(self, setting: RuntimeProperties) -> bool:
         """Whether the device already does this by default."""
         return all(_word(self.default.get_property(key)) == value for key, value in setting.items)
@@ -133,7 +139,7 @@ class _Race:
         size = HEAT_SIZE - 1
         for first in range(0, len(fresh), size):
             heat = fresh[first : first + size]
-            if self.deadline is not None and time.monotonic() > self.deadline:
+            if self.is_late:
                 late = "the time was over"
                 self._record(
                     SettingTrial(properties=each, state=SettingState.NOT_TRIED, reason=late) for each in heat

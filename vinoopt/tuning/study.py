@@ -23,6 +23,8 @@ _TRIAL, _SUGGESTED = "vinoopt", "suggested"
 """Attributes of an optuna trial: ours as JSON, and whether the sampler named it."""
 _LIMITED = -10.0
 """Added to the value of a setting beyond the latency limit."""
+_LEAST_KNOWN = 4
+"""Timed trials from which the sampler stops guessing at random."""
 _ATTEMPTS = 4
 """Suggestions per setting that is asked for; the sampler may name known ones."""
 
@@ -45,7 +47,9 @@ class Study:
         }
         self._asked: dict[RuntimeProperties, Any] = {}
         with _quiet(optuna):
-            sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            sampler = optuna.samplers.TPESampler(
+                seed=seed, multivariate=True, constant_liar=True, n_startup_trials=_LEAST_KNOWN
+            )
             self._study = optuna.create_study(
                 study_name=key,
                 storage=_storage(optuna, path),
@@ -55,6 +59,7 @@ class Study:
             )
         self.known: dict[RuntimeProperties, SettingTrial] = {}
         self._suggested: list[RuntimeProperties] = []
+        self._given: set[RuntimeProperties] = set()
         for each in self._study.get_trials(deepcopy=False):
             if _TRIAL in each.user_attrs:
                 trial = serde.from_mapping(SettingTrial, json.loads(each.user_attrs[_TRIAL]), where=str(path))
@@ -91,7 +96,8 @@ class Study:
 
         Tree-structured Parzen estimator over all properties together (Bergstra et al., NeurIPS 2011).
         """
-        found = list(dict.fromkeys(self._suggested))[:count]
+        earlier = [each for each in dict.fromkeys(self._suggested) if each not in self._given]
+        found = earlier[:count]
         fail = self._optuna.trial.TrialState.FAIL
         for _ in range(_ATTEMPTS * count):
             if len(found) == count:
@@ -104,6 +110,7 @@ class Study:
             else:
                 self._asked[setting] = asked
                 found.append(setting)
+        self._given |= set(found)
         return found
 
     def close(self) -> None:
