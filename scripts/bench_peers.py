@@ -33,7 +33,16 @@ from _cases import Case, Parts, aligned, cases, judged, peak_bytes, ratio, ratio
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, output_names, score
-from vinoopt.bench import BenchResult, Contestant, Engine, MeasureConfig, MeasureMode, Sample, measure
+from vinoopt.bench import (
+    BenchResult,
+    Contestant,
+    Engine,
+    MeasureConfig,
+    MeasureMode,
+    Sample,
+    measure,
+    open_runner,
+)
 from vinoopt.compression.quantize import quantize
 from vinoopt.errors import VinooptError
 from vinoopt.frontend.normalize import SourceModel
@@ -43,6 +52,8 @@ from vinoopt.records import AccuracyBudget, Device, QuantizationPlan
 MEASURED_SAMPLES = 32
 SUBSET = 300
 """Samples that every quantizer calibrates on at most."""
+PER_CHANNEL_OPSET = 13
+"""The first in which QuantizeLinear knows channels."""
 FLOAT, PLAIN, RESULT = "float f32", "nncf.quantize", "vinoopt"
 CONTROL, ORT, ORT_INT8 = "nncf accuracy control", "onnxruntime", "onnxruntime int8"
 
@@ -119,6 +130,7 @@ def accuracy_control(task: Task) -> dict[str, Any]:
 
 def onnxruntime_int8(task: Task) -> dict[str, Any]:
     """ONNX Runtime's static quantization to QDQ with INT8 weights per channel, as its guide advises for VNNI."""
+    import onnx.version_converter
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -131,7 +143,10 @@ def onnxruntime_int8(task: Task) -> dict[str, Any]:
             return next(self.rest, None)
 
     place, clean = task.folder / "ort.onnx", task.folder / "ort-clean.onnx"
-    quant_pre_process(task.source.path, clean, skip_symbolic_shape=True)
+    model = onnx.load(task.source.path)
+    if max(each.version for each in model.opset_import if each.domain in ("", "ai.onnx")) < PER_CHANNEL_OPSET:
+        model = onnx.version_converter.convert_version(model, PER_CHANNEL_OPSET)
+    quant_pre_process(model, clean, skip_symbolic_shape=True)
     quantize_static(
         clean,
         place,
@@ -213,6 +228,10 @@ def run_case(name: str, task: Task, options: argparse.Namespace) -> Iterator[dic
         else:
             engine, model = Engine(found.pop("engine", Engine.OPENVINO.value)), Path(found.pop("model"))
             roads.append(Prepared(**found, model=model, engine=engine))
+    for prepared in list(roads):
+        if why := refusal_of(prepared):
+            roads.remove(prepared)
+            rows.append({"case": name, "road": prepared.name, "failed": why})
     test = whole_calls(task.parts.test, task.parts.test_labels, task.source, 1)
     results = [side_by_side(roads, task.source, test, mode, options.seconds) for mode in MeasureMode]
     for road in roads:
@@ -223,6 +242,17 @@ def run_case(name: str, task: Task, options: argparse.Namespace) -> Iterator[dic
             continue
         rows.append(row(name, road, value, results, test))
     yield from sorted(rows, key=lambda each: order.index(each["road"]))
+
+
+def refusal_of(road: Prepared) -> str:
+    """Why a road's model cannot be opened here; empty where it can."""
+    try:
+        open_runner(
+            Contestant(name=road.name, model=road.model, properties=road.properties, engine=road.engine)
+        )
+    except VinooptError as exc:
+        return " ".join(str(exc).split())[:300]
+    return ""
 
 
 def float_roads(task: Task) -> list[Prepared]:
