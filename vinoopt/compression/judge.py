@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 JOURNAL = "trials.jsonl"
 TABLES = "tables.jsonl"
-PROBE_SAMPLES = (8, 16, 32)
+PROBE_SAMPLES = (8, 16, 32, 64, 128)
 """Held-back samples that a damage probe may run: enough for a KL or a relative error to rank."""
 PROBE_MS = 400.0
 """What the slowest model may take for them."""
