@@ -16,7 +16,7 @@ _SMALLEST = 16
 """Pixels along a side below which a tensor is not taken for an image."""
 _SHIFT = 8
 """Shifts go up to one part in so many of a side."""
-_MIXED = 0.5
+_MIXED = 0.25
 """Share of the batches whose images are mixed with each other."""
 
 

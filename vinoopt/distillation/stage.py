@@ -24,7 +24,7 @@ from vinoopt.records import CompressionPlan, DistillationPlan, Trial, TrialState
 
 STAGE_S = 1200.0
 """For the whole stage, without a time limit."""
-SPEEDS = (1.1, 1.2, 1.35, 1.55)
+SPEEDS = (1.12, 1.25, 1.4)
 """How many times faster than the best training-free candidate the prospects are predicted to be."""
 RUNG_SHARES = (0.25, 0.25, 0.5)
 """Of the stage's time, for each round of runs."""
@@ -33,6 +33,8 @@ _LEAST_GAIN = 1.03
 _LEAST_STEPS, _STEP_QUANTUM = 50, 50
 _JUDGING_S = 10.0
 """Kept free at the end of a time limit."""
+_LARGE = 3 * 96 * 96
+"""Values of one sample's inputs from which on a step has fewer samples, so that there are enough steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,12 +190,17 @@ class _Stage:
         from vinoopt.distillation.distiller import seconds_per_step
 
         workshop, store = self.judge.workshop, self.judge.store
-        plan = DistillationPlan(runs=(1,), seed=self.options.seed)
+        plan = self._distillation((1,))
 
         def measured() -> float:
             return seconds_per_step(workshop.build(runner.plan), workshop.source, workshop.calibration, plan)
 
         return float(store.json(f"distillation-pace-{self.judge.yardstick.target.slug}", measured))
+
+    def _distillation(self, runs: tuple[int, ...]) -> DistillationPlan:
+        sample = self.judge.workshop.calibration[0]
+        size = sum(array.size for array in sample.values()) / self.judge.workshop.calibration.batch
+        return DistillationPlan(runs=runs, batch=16 if size >= _LARGE else 64, seed=self.options.seed)
 
     def _steps(self, seconds: float, pace: float) -> int | None:
         steps = int(seconds / pace) // _STEP_QUANTUM * _STEP_QUANTUM
@@ -204,7 +211,7 @@ class _Stage:
     def _trained(self, runner: _Runner, steps: int) -> _Runner:
         if self._is_late():
             return runner
-        distillation = DistillationPlan(runs=(*runner.runs, steps), seed=self.options.seed)
+        distillation = self._distillation((*runner.runs, steps))
         plan = serde.replace(runner.plan, distillation=distillation)
         words = f"{sum(distillation.runs)} steps of distillation, {runner.latency_ms:.3g} ms before them"
         self.say(f"{plan.title}: {words}")

@@ -1,0 +1,189 @@
+"""What label-free distillation brings: faster models inside a budget, and INT8 that calibration damaged, healed.
+
+    python scripts/bench_distill.py search --case cifar_resnet20 --case cifar_resnet32 --minutes 28
+    python scripts/bench_distill.py recover --case magika --case yolox_nano --case mobilenetv2
+    python scripts/bench_distill.py curve --case cifar_resnet20 --images 300 --images 1000 --images 3000
+
+`search` compiles with effort `distill` and measures the float model, plain `nncf.quantize` and the result in
+interleaved rounds. `recover` trains the output of plain `nncf.quantize` as it is, no block in float. `curve` prunes
+half of the channels inside every residual branch, quantizes, and trains, all with so many images. Nothing sees a
+label before judgement, and judgement is on samples that nothing else saw. One JSON line per run goes to the output,
+which is also printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from _cases import SHARED, Case, cases, judged, whole_calls
+from bench_pruning import outcome, side_by_side
+
+import vinoopt
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.compression.quantize import quantize
+from vinoopt.compression.widths import prepare
+from vinoopt.frontend.normalize import SourceModel
+from vinoopt.records import AccuracyBudget, Device, Event, QuantizationPlan
+
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+KEPT = 0.5
+"""Of the channels inside every residual branch, in `curve`."""
+
+
+def material(case: Case, source: SourceModel, images: int | None) -> tuple[Dataset, Dataset]:
+    """Inputs to calibrate and learn from, and the test part with its labels."""
+    parts = case.load(source)
+    learn = parts.search if parts.calibration is None else parts.calibration
+    if case.model.name.startswith("cifar"):
+        learn = _unlabelled()
+    return (
+        whole_calls(learn[:images], None, source, 1),
+        whole_calls(parts.test, parts.test_labels, source, 1),
+    )
+
+
+def recover(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Plain INT8 before and after distillation, beside the float model."""
+    case = cases()[name]
+    source = case.source(1)
+    learn, test = material(case, source, None)
+    plain = quantize(source.model, QuantizationPlan(), learn, device=Device.CPU)
+    return _trained(case, source, plain, learn, test, options)
+
+
+def curve(name: str, images: int, options: argparse.Namespace) -> dict[str, Any]:
+    """A pruned INT8 model that knows so many images, before and after distillation on them."""
+    case = cases()[name]
+    source = case.source(1)
+    learn, test = material(case, source, images)
+    kit = prepare(source.model, learn, ignored=(), seed=0, say=lambda text: None)
+    if kit is None:
+        raise SystemExit(f"{name} has no channels to remove")
+    inner = [group for group in kit.coupling.groups if group.can_vanish]
+    widths = kit.widths({group.name: int(group.units * KEPT) for group in inner})
+    student = kit.corrected(
+        widths, quantize(kit.thoroughly(widths), QuantizationPlan(), learn, device=Device.CPU)
+    )
+    return {"images": images, **_trained(case, source, student, learn, test, options)}
+
+
+def _trained(
+    case: Case, source: SourceModel, student: ov.Model, learn: Dataset, test: Dataset, options: argparse.Namespace
+) -> dict[str, Any]:
+    metric = case.metric_for(source)
+    started = time.monotonic()
+    result = vinoopt.distill(
+        student,
+        teacher=source.model,
+        data=learn,
+        steps=options.steps,
+        batch=options.batch,
+        peak_rate=options.rate,
+        inner_weight=options.inner,
+        threads=options.threads,
+        time_limit_s=60.0 * options.minutes,
+        on_event=_say,
+    )
+    models = {"float": (source.model, F32), "before": (student, {}), "after": (result.model, {})}
+    values = {title: judged(model, how, test, metric).value for title, (model, how) in models.items()}
+    return {
+        "metric": metric.name,
+        "learned_from": len(learn),
+        "judged_on": len(test),
+        **{title: round(value, 4) for title, value in values.items()},
+        "divergence": [result.before, result.after],
+        "is_better": result.is_better,
+        "steps": result.outcome.steps,
+        "seconds": round(time.monotonic() - started),
+        "reason": result.reason,
+    }
+
+
+def search(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The whole search with distillation, and its result beside float and plain `nncf.quantize`."""
+    case = cases()[name]
+    source = case.source(batch)
+    parts = case.load(case.source(1))
+    data = {part: values for part, values in vars(parts).items() if values is not None}
+    if case.model.name.startswith("cifar"):
+        data["calibration"] = _unlabelled()
+    data = {part: values[: len(values) // batch * batch] for part, values in data.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = vinoopt.compile(
+            case.model,
+            data=data["search"],
+            labels=data["search_labels"],
+            calibration_data=data.get("calibration"),
+            test_data=data["test"],
+            test_labels=data["test_labels"],
+            metric_options=case.metric_options,
+            budget=AccuracyBudget(metric=case.metric, max_drop=options.max_drop),
+            preprocess=case.preprocess,
+            shape=case.shape_at(batch),
+            output=Path(folder) / "out",
+            effort=options.effort,
+            time_limit_s=60.0 * options.minutes,
+            tune=False,
+            on_event=_say,
+        )
+        return {
+            "batch": batch,
+            "max_drop": options.max_drop,
+            **outcome(bundle),
+            **side_by_side(bundle, case, source, data, seconds=options.seconds),
+        }
+
+
+def _unlabelled() -> np.ndarray:
+    with np.load(SHARED / "data" / "cifar10_dev.npz") as data:
+        return data["calib_images"]
+
+
+def _say(event: Event) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {event.stage:7} {event.message}", flush=True)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kind", choices=["search", "recover", "curve"])
+    parser.add_argument("--case", action="append", required=True, choices=sorted(cases()))
+    parser.add_argument("--images", action="append", type=int, help="of `curve`, repeatable")
+    parser.add_argument("--batch-size", action="append", type=int, help="of `search`, repeatable")
+    parser.add_argument("--max-drop", type=float, default=0.01)
+    parser.add_argument("--effort", default="distill")
+    parser.add_argument("--minutes", type=float, default=28.0, help="time limit of each run")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of measurement per contestant of `search`")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=64, help="samples per step")
+    parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--inner", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, help="of PyTorch; fewer where the machine is shared")
+    parser.add_argument("--output", type=Path, default=Path("distill.jsonl"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
+    for name in options.case:
+        if options.kind == "recover":
+            rows = [recover(name, options)]
+        elif options.kind == "curve":
+            rows = [curve(name, images, options) for images in options.images or (300, 1000, 3000)]
+        else:
+            rows = [search(name, batch, options) for batch in options.batch_size or (1,)]
+        with options.output.open("a") as output:
+            for row in rows:
+                line = json.dumps({"kind": options.kind, "case": name, **row})
+                print(line, flush=True)
+                output.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The stage of the search that trains what lies beyond the budget: which candidates, how long, and what it tells."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'vinoopt[distill]'")
+
+from test_distill import data, network  # noqa: E402
+
+from vinoopt.accuracy.datasets import Dataset  # noqa: E402
+from vinoopt.accuracy.evaluate import Predictions, predict  # noqa: E402
+from vinoopt.compression.build import Workshop  # noqa: E402
+from vinoopt.compression.judge import Judge  # noqa: E402
+from vinoopt.compression.search import SearchResult  # noqa: E402
+from vinoopt.distillation import stage  # noqa: E402
+from vinoopt.distillation.stage import StageOptions, distill_beyond  # noqa: E402
+from vinoopt.errors import DistillationError  # noqa: E402
+from vinoopt.records import (  # noqa: E402
+    AccuracyBudget,
+    CompressionPlan,
+    Device,
+    Evidence,
+    GroupWidth,
+    Measurement,
+    Precision,
+    QuantizationPlan,
+    Target,
+    TrialState,
+)
+from vinoopt.store import Store  # noqa: E402
+
+FLOAT = CompressionPlan()
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+
+
+class Likeness:
+    """Mean of 1 minus the relative error: moves with every step of training."""
+
+    name, unit = "likeness", "share"
+    higher_is_better, needs_labels, needs_reference, is_mean = True, False, True, True
+
+    def statistic(self, outputs: Mapping[str, Any], label: object, reference: Mapping[str, Any]) -> float:
+        (key,) = reference
+        return 1 - float(np.abs(outputs[key] - reference[key]).mean() / np.abs(reference[key]).mean())
+
+    def value(self, statistics: Sequence[float]) -> float:
+        return float(np.mean(statistics))
+
+
+class Ruler:
+    """A target where every kept channel costs a millisecond; the float model costs 100."""
+
+    target = Target(profile="ruler", device=Device.CPU)
+    float_precisions = (Precision.F32,)
+    arithmetic = "ruler"
+
+    def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
+        kept = sum(len(width.kept) for width in plan.widths)
+        ms = 100.0 if plan.quantization is None else float(kept or 50)
+        return Measurement(name=plan.title, device="CPU", evidence=Evidence.MEASURED, latency_p50_ms=ms)
+
+    def measure_together(
+        self, candidates: Sequence[tuple[CompressionPlan, ov.Model]]
+    ) -> tuple[Measurement, ...]:
+        return tuple(self.measure(plan, model) for plan, model in candidates)
+
+    def predict(self, plan: CompressionPlan, model: ov.Model, samples: Dataset) -> Predictions:
+        return predict(model, samples)
+
+    def block_times(self, plan: CompressionPlan, model: ov.Model, blocks: Sequence[str]) -> Mapping[str, float]:
+        return dict.fromkeys(blocks, 1.0)
+
+
+def pruned(kept: int) -> CompressionPlan:
+    widths = (GroupWidth(group="a", kept=tuple(range(kept))),)
+    return CompressionPlan(widths=widths, quantization=QuantizationPlan(subset_size=16))
+
+
+def judge_in(folder: Path, *, max_drop: float) -> Judge:
+    model, store = network(), Store.open("distill", root=folder)
+    weights = network.made  # type: ignore[attr-defined]
+    judge = Judge(
+        workshop=Workshop(
+            source=model,
+            calibration=data(),
+            device=Device.CPU,
+            store=store,
+            prune=lambda widths: network(len(widths[0].kept), weights=weights),
+        ),
+        yardstick=Ruler(),
+        metric=Likeness(),
+        budget=AccuracyBudget(max_drop=max_drop),
+        data=data().subset(range(24)),
+        reference=predict(model, data().subset(range(24)), properties=F32),
+        seed=0,
+        store=store,
+    )
+    judge.judge_anchors({"float": [FLOAT]})
+    return judge
+
+
+def found_by(judge: Judge, widths: Mapping[float, int]) -> SearchResult:
+    """A search that knows a narrower model for each of these shares of the time."""
+
+    def beyond(share: float) -> CompressionPlan | None:
+        return next((pruned(kept) for least, kept in widths.items() if share >= least), None)
+
+    return SearchResult(trials=tuple(judge.trials), damages={}, gains_us={}, reasons=("searched",), beyond=beyond)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "STAGE_S", 0.5)
+    monkeypatch.setattr(stage, "_STEP_QUANTUM", 30)
+    monkeypatch.setattr(stage, "_LEAST_STEPS", 30)
+
+
+def test_faster_candidates_are_trained_in_rounds_and_may_win(tmp_path: Path) -> None:
+    judge = judge_in(tmp_path, max_drop=0.1)
+    said: list[str] = []
+    result = distill_beyond(judge, found_by(judge, {0.85: 6, 0.0: 4}), StageOptions(), say=said.append)
+    trained = [t for t in result.trials if t.plan.distillation is not None]
+    first_round = [t for t in trained if t.plan.distillation is not None and len(t.plan.distillation.runs) == 1]
+    assert {len(t.plan.widths[0].kept) for t in first_round} == {6, 4}
+    assert all(t.plan.title.startswith("distilled pruned int8") for t in trained)
+    longer = [t for t in trained if t not in first_round]
+    for trial in longer:  # a longer run goes on where a shorter one ended, and is only given to what needs it
+        runs = trial.plan.distillation.runs if trial.plan.distillation else ()
+        before = next(t for t in trained if t.plan.distillation and t.plan.distillation.runs == runs[:-1]
+                      and t.plan.widths == trial.plan.widths)
+        assert before.state is TrialState.OVER_BUDGET
+        assert trial.drop is not None and before.drop is not None and trial.drop < before.drop + 0.02
+    assert result.reasons[0] == "searched" and "distillation" in result.reasons[-1]
+    assert any("agreement" in line for line in said)
+    assert list(judge.store.folder.glob("distilled-cpu-*.xml"))
+    assert not list(judge.store.folder.glob("*.pt"))
+
+
+def test_what_was_trained_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = judge_in(tmp_path, max_drop=0.0)
+    first = distill_beyond(judge, found_by(judge, {0.0: 4}), StageOptions(), say=lambda text: None)
+    assert len(first.trials) > 2
+
+    def never(*arguments: Any) -> Any:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("vinoopt.distillation.distiller.train", never)
+    again = judge_in(tmp_path, max_drop=0.0)
+    again.resume()
+    second = distill_beyond(again, found_by(again, {0.0: 4}), StageOptions(), say=lambda text: None)
+    assert [t.plan for t in second.trials] == [t.plan for t in first.trials]
+
+
+def test_a_model_that_cannot_be_trained_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> float:
+        raise DistillationError("no rule to train through operator Loop ('l')")
+
+    monkeypatch.setattr("vinoopt.distillation.distiller.seconds_per_step", refuse)
+    judge = judge_in(tmp_path, max_drop=0.1)
+    result = distill_beyond(judge, found_by(judge, {0.0: 4}), StageOptions(), say=lambda text: None)
+    assert [t.plan for t in result.trials] == [FLOAT]
+    assert "operator Loop" in result.reasons[-1]
+
+
+def test_nothing_beyond_the_budget_is_said(tmp_path: Path) -> None:
+    judge = judge_in(tmp_path, max_drop=0.1)
+    result = distill_beyond(judge, found_by(judge, {}), StageOptions(), say=lambda text: None)
+    assert result.reasons[-1].startswith("nothing was distilled")
+
+
+def test_the_deadline_ends_the_stage(tmp_path: Path) -> None:
+    judge = judge_in(tmp_path, max_drop=0.0)
+    started = time.monotonic()
+    options = StageOptions(deadline=started + 14.0)
+    result = distill_beyond(judge, found_by(judge, {0.85: 6, 0.0: 4}), options, say=lambda text: None)
+    assert time.monotonic() - started < 20
+    assert result.reasons[-1] != "searched"
