@@ -26,7 +26,7 @@ from vinoopt.bench import (
     measure,
     paired_interval,
 )
-from vinoopt.bench.conditions import evidence_here, round_warnings
+from vinoopt.bench.conditions import clock_warnings, evidence_here, round_warnings
 from vinoopt.bench.protocol import planned_rounds
 from vinoopt.errors import DataError, DeviceError, InputError, ModelError
 from vinoopt.records import Evidence, Measurement
@@ -132,6 +132,12 @@ def test_only_what_ran_side_by_side_is_compared() -> None:
         compare(_measurement("a", [1.0] * 6), _measurement("b", [1.0] * 6, Evidence.EMULATED))
     with pytest.raises(InputError, match="too few"):
         compare(_measurement("a", [1.0] * 4), _measurement("b", [1.0] * 4))
+
+
+def test_a_clock_that_falls_is_reported() -> None:
+    (told,) = clock_warnings(4200.0, 3100.0)
+    assert "from 4200 to 3100 MHz" in told
+    assert clock_warnings(3000.0, 2900.0) == clock_warnings(None, 3000.0) == clock_warnings(3000.0, None) == ()
 
 
 def test_times_that_rise_or_scatter_are_reported() -> None:

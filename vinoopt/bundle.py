@@ -132,6 +132,15 @@ def damaged_files(bundle: Bundle) -> tuple[str, ...]:
     return tuple(problems)
 
 
+def golden_inputs(folder: Path) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """The inputs of a bundle's golden calls, by name."""
+    with np.load(folder / GOLDEN) as golden:
+        heads = [f"input/{call}/" for call in range(int(golden["calls"]))]
+        return [
+            {key.removeprefix(head): golden[key] for key in golden.files if key.startswith(head)} for head in heads
+        ]
+
+
 def replay_in_child(
     folder: Path,
     result: TargetResult,

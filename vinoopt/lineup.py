@@ -14,7 +14,7 @@ from pydantic import Field
 
 from vinoopt.accuracy.datasets import Dataset, load_dataset
 from vinoopt.bench import Contestant, Engine, Sample
-from vinoopt.bundle import GOLDEN, MANIFEST, open_bundle
+from vinoopt.bundle import GOLDEN, MANIFEST, golden_inputs, open_bundle
 from vinoopt.compression.quantize import quantize
 from vinoopt.errors import BundleError, DeviceError, InputError, ModelError
 from vinoopt.frontend import shapes
@@ -100,7 +100,10 @@ def line_up(request: LineupRequest) -> Lineup:
     for word in dict.fromkeys(request.against):
         build = _REFERENCES.get(word, _path_reference)
         contestants.append(build(request, main, word, samples))
-    return Lineup(contestants=tuple(contestants), samples=samples.measured, messages=samples.messages)
+    messages = samples.messages
+    if main.preprocess and any(each.engine is Engine.ONNXRUNTIME for each in contestants):
+        messages += ("preprocessing is inside the clock of the models that embed it, and outside for onnxruntime",)
+    return Lineup(contestants=tuple(contestants), samples=samples.measured, messages=messages)
 
 
 # --------------------------------------------------------------------------- the main model
@@ -242,7 +245,7 @@ def _samples(request: LineupRequest, main: _Main) -> _Samples:
         return _Samples(measured=measured, calibration=dataset, messages=dataset.messages)
     if main.golden is not None and main.golden.is_file():
         message = "inputs are the bundle's golden ones"
-        return _Samples(measured=_golden_samples(main.golden), calibration=None, messages=(message,))
+        return _Samples(measured=tuple(golden_inputs(main.golden.parent)), calibration=None, messages=(message,))
     made = random_samples(cast(SourceModel, _Inputs(main.inputs)), SAMPLES)
     message = "inputs are random numbers; give --data for real ones"
     return _Samples(measured=tuple(made), calibration=None, messages=(message,))
@@ -253,15 +256,6 @@ class _Inputs:
     """All that `random_samples` reads of a model."""
 
     inputs: tuple[TensorSpec, ...]
-
-
-def _golden_samples(path: Path) -> tuple[Sample, ...]:
-    with np.load(path) as golden:
-        heads = [f"input/{call}/" for call in range(int(golden["calls"]))]
-        return tuple(
-            {key.removeprefix(head): golden[key] for key in golden.files if key.startswith(head)}
-            for head in heads
-        )
 
 
 # --------------------------------------------------------------------------- references

@@ -57,7 +57,7 @@ from vinoopt.schedule import TUNING_S, Deadlines, Facts, announce, divide, final
 from vinoopt.selection import Choice, TestPart, choose, trial_line
 from vinoopt.store import Store
 from vinoopt.toolchains.host import compile_here
-from vinoopt.tuning import TuneConfig, TuneTask
+from vinoopt.tuning import TuneConfig, TuneTask, Variant, first_departure
 from vinoopt.tuning import tune as tune_properties
 from vinoopt.yardsticks import HostYardstick, TargetYardstick
 
@@ -747,7 +747,17 @@ def _check_replay(folder: Path, yardstick: TargetYardstick, result: TargetResult
         raise DeviceError(
             f"{result.target}: reopened in a fresh process the model departs from its golden outputs by "
             f"{answer['departure']:.3g} of their range (tolerance {answer['tolerance']:g}); nothing was written"
+            f"{_where(folder, yardstick, result)}"
         )
+
+
+def _where(folder: Path, yardstick: TargetYardstick, result: TargetResult) -> str:
+    """The first layer that departs from f32 on the CPU, as the end of a sentence."""
+    device, properties = yardstick.replay_on(result.properties)
+    model = ov.Core().read_model(folder / result.target.slug / "model.xml")
+    run = Variant(model=model, device=device.value, properties=properties.as_dict())
+    found = first_departure(Variant(model=model), run, bundles.golden_inputs(folder))
+    return "" if found is None else f"; against f32 on the CPU it {found.sentence}"
 
 
 def _peak_memory_bytes() -> int | None:

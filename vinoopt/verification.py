@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openvino as ov
 
-from vinoopt.bench import Contestant, MeasureConfig, Sample, measure
-from vinoopt.bundle import GOLDEN, Bundle, damaged_files, replace_blob, replay_in_child
+from vinoopt.bench import Contestant, MeasureConfig, measure
+from vinoopt.bundle import GOLDEN, Bundle, damaged_files, golden_inputs, replace_blob, replay_in_child
 from vinoopt.errors import DeviceError, ToolchainError
 from vinoopt.hardware.detect import fingerprint
 from vinoopt.records import Evidence, Measurement, Record, TargetResult, Word
@@ -166,7 +165,7 @@ class _Visit:
         try:
             model = ov.Core().read_model(place)
             device = Variant(model=model, device=self.device, properties=self.result.properties.as_dict())
-            found = first_departure(Variant(model=model), device, _golden_inputs(self.bundle))
+            found = first_departure(Variant(model=model), device, golden_inputs(self.bundle.path))
         except (RuntimeError, DeviceError):  # a device that fails was told by the replay itself
             return ""
         if found is None:
@@ -227,7 +226,7 @@ class _Visit:
         contestant = Contestant(
             name="now", model=place, device=self.device, properties=self.result.properties.as_dict()
         )
-        measured = measure([contestant], _golden_inputs(self.bundle), config=MeasureConfig(seconds=self.seconds))
+        measured = measure([contestant], golden_inputs(self.bundle.path), config=MeasureConfig(seconds=self.seconds))
         now, then = measured.of("now"), _then(self.result)
         words = f"{now.latency_p50_ms:.3g} ms here"
         if then is None:
@@ -269,11 +268,3 @@ def _then(result: TargetResult) -> Measurement | None:
     """The manifest's measurement of what was chosen: it is the candidate of every comparison."""
     names = {each.candidate for each in result.comparisons} or {each.name for each in result.measurements[:1]}
     return next((each for each in result.measurements if each.name in names), None)
-
-
-def _golden_inputs(bundle: Bundle) -> list[Sample]:
-    with np.load(bundle.path / GOLDEN) as golden:
-        heads = [f"input/{call}/" for call in range(int(golden["calls"]))]
-        return [
-            {key.removeprefix(head): golden[key] for key in golden.files if key.startswith(head)} for head in heads
-        ]

@@ -16,6 +16,7 @@ OTHER_LOAD = 0.1
 STEAL = 0.01
 DRIFT = 0.05
 SCATTER = 0.1
+CLOCK_FALL = 0.1
 ISA_CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _BUSY = ("user", "nice", "system", "irq", "softirq")
 """Kinds of processor time; a system has some of them."""
@@ -31,6 +32,7 @@ class Watch:
         self._own = _own_seconds()
         self._all = psutil.cpu_times()
         self._before = _standing_warnings()
+        self._clock_mhz = _clock_mhz()
 
     def warnings(self) -> tuple[str, ...]:
         """What was wrong with the machine meanwhile, as sentences with figures."""
@@ -44,7 +46,14 @@ class Watch:
             found.append(f"other processes used {other:.0%} of the processor during the run")
         if steal > STEAL:
             found.append(f"the hypervisor withheld {steal:.0%} of the processor during the run")
-        return tuple(found)
+        return (*found, *clock_warnings(self._clock_mhz, _clock_mhz()))
+
+
+def clock_warnings(before_mhz: float | None, after_mhz: float | None) -> tuple[str, ...]:
+    """A sentence where the processor's clock fell during the run, as it does when it gets hot; None: not told."""
+    if not before_mhz or not after_mhz or after_mhz >= (1 - CLOCK_FALL) * before_mhz:
+        return ()
+    return (f"the processor's clock fell from {before_mhz:.0f} to {after_mhz:.0f} MHz during the run",)
 
 
 def round_warnings(name: str, rounds_ms: Sequence[float]) -> tuple[str, ...]:
@@ -80,6 +89,15 @@ def _standing_warnings() -> tuple[str, ...]:
     if load > 0.5 * cores:
         found.append(f"load average was {load:.1f} on {cores} cores before the run")
     return tuple(found)
+
+
+def _clock_mhz() -> float | None:
+    """The mean clock of all cores, where the system tells it."""
+    try:
+        found = psutil.cpu_freq()
+    except (OSError, NotImplementedError, AttributeError):
+        return None
+    return float(found.current) if found is not None else None
 
 
 def _own_seconds() -> float:

@@ -49,7 +49,7 @@ _OPTIONS = (
                  help="Open each model in fresh processes too: compile time cold and cached, peak memory."),
     click.option("--shape", "-shape", help='Input shapes, as "x[1,3,224,224]".'),
     click.option("-b", "--batch", type=click.IntRange(1), help="Batch size."),
-    click.option("--data", help="Real inputs: npz, npy, or a folder. Without: golden or random inputs."),
+    click.option("--data", "-i", help="Real inputs: npz, npy, or a folder. Without: golden or random inputs."),
     preprocess_options,
     click.option("--allow-code", is_flag=True, help="Let --data import module:attribute."),
     click.option("--fail-below", type=click.FloatRange(min=0), metavar="FACTOR",
