@@ -163,6 +163,13 @@ def test_too_few_inputs_and_nonsense_are_refused() -> None:
         vinoopt.distill(student, teacher=teacher, data=IMAGES, batch=0)
 
 
+def test_labels_count_only_where_they_are_given() -> None:
+    labels = RNG.integers(0, CLASSES, len(IMAGES))
+    without, given, other = (distilled(10, **o) for o in ({}, {"labels": labels}, {"labels": labels[::-1].copy()}))
+    assert without.plan.label_weight == 0 < given.plan.label_weight
+    assert len({tuple(bytes_of(each.model)) for each in (without, given, other)}) == 3
+
+
 def test_a_function_of_the_user_may_alter_the_inputs() -> None:
     seen: list[tuple[int, ...]] = []
 

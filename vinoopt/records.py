@@ -339,6 +339,8 @@ class DistillationPlan(Record):
     """Of the errors where residual branches join, beside those of the outputs; 0: outputs only."""
     augments: bool = True
     """Whether images are mirrored, shifted and mixed."""
+    label_weight: float = Field(default=0.0, ge=0)
+    """Of the cross entropy with labels beside the divergence from the teacher; 0: labels are not looked at."""
     seed: int = 0
 
 

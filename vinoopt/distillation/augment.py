@@ -38,26 +38,28 @@ def image_axes(shape: Sequence[int]) -> tuple[int, int] | None:
     return None
 
 
-def find_augment(shapes: Sequence[Sequence[int]]) -> Augment | None:
+def find_augment(shapes: Sequence[Sequence[int]], *, mixes: bool = True) -> Augment | None:
     """The augmentation for a model's inputs; None where none of them is an image."""
     if len(shapes) != 1:
         return None
     axes = image_axes(shapes[0])
-    return None if axes is None else ImageAugment(axes)
+    return None if axes is None else ImageAugment(axes, mixes=mixes)
 
 
 class ImageAugment:
     """Mirror, shift and mix the images of a batch."""
 
-    def __init__(self, axes: tuple[int, int]) -> None:
+    def __init__(self, axes: tuple[int, int], *, mixes: bool = True) -> None:
         self.axes = axes
+        self.mixes = mixes
+        """False where labels are learned too, which a mixed image has two of."""
 
     def __call__(self, inputs: Sequence[Any], generator: Any) -> list[Any]:
         """Floats in the range of the images; whole numbers become floats."""
         (x,) = inputs
         x = self._mirrored(x.to(torch.float32), generator)
         x = self._shifted(x, generator)
-        if float(torch.rand((), generator=generator)) < _MIXED:
+        if self.mixes and float(torch.rand((), generator=generator)) < _MIXED:
             x = self._mixed(x, generator)
         return [x]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from vinoopt.distillation.losses import Loss, output_loss, relative_error
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.training import Batch, Material, Outcome, Progress, Training, TrainingSettings
 from vinoopt.distillation.weights import Key
-from vinoopt.errors import DistillationError
+from vinoopt.errors import DataError, DistillationError
 from vinoopt.records import DistillationPlan
 
 HELD_SHARE, MOST_HELD, LEAST_HELD = 0.1, 256, 4
@@ -71,11 +71,14 @@ def train(student: ov.Model, teacher: ov.Model, data: Dataset, plan: Distillatio
     equal OpenVINO, and for too few inputs.
     """
     inputs, held_calls, held = _parts(student, data, plan.seed)
+    labels = _labels(data, plan)
     work = student.clone()
     mirror, master = Mirror(work), Mirror(teacher.clone(), trains=False)
     check_equality(mirror, inputs[:LEAST_HELD])
     check_equality(master, inputs[:LEAST_HELD])
-    material = _material(mirror, master, inputs, held_calls, plan, run)
+    material = replace(
+        _material(mirror, master, inputs, held_calls, plan, run), labels=labels, label_weight=plan.label_weight
+    )
     for each in (mirror, master):
         each.place(_device())
     reference = predict(teacher, held, properties={"INFERENCE_PRECISION_HINT": "f32"})
@@ -138,12 +141,27 @@ def _parts(student: ov.Model, data: Dataset, seed: int) -> tuple[list[Batch], li
     """Inputs to learn from, inputs to look at, and the latter as a dataset."""
     if len(data) < LEAST_INPUTS:
         raise DistillationError(f"{len(data)} inputs are too few to distil from; give at least {LEAST_INPUTS}")
-    order = np.random.default_rng(seed).permutation(len(data))
-    count = min(max(int(len(data) * HELD_SHARE), LEAST_HELD), MOST_HELD)
+    order, count = _order(data, seed)
     names = [_input_names(parameter) for parameter in student.inputs]
     held = data.subset(order[:count])
     learn = data.subset(order[count:])
     return [_tensors(s, names) for s in learn], [_tensors(s, names) for s in held], held
+
+
+def _order(data: Dataset, seed: int) -> tuple[np.ndarray[Any, Any], int]:
+    """A permutation of the calls, and how many at its beginning are held back."""
+    order = np.random.default_rng(seed).permutation(len(data))
+    return order, min(max(int(len(data) * HELD_SHARE), LEAST_HELD), MOST_HELD)
+
+
+def _labels(data: Dataset, plan: DistillationPlan) -> list[Any] | None:
+    """Class numbers of the calls to learn from, in their order; None where they are not asked for."""
+    if not plan.label_weight:
+        return None
+    if not isinstance(data.labels, np.ndarray):
+        raise DataError("label_weight is about class numbers; give labels, one whole number per sample")
+    order, count = _order(data, plan.seed)
+    return [torch.as_tensor(data.labels[i], dtype=torch.int64).reshape(-1) for i in order[count:]]
 
 
 def _input_names(parameter: ov.Output) -> set[str]:
@@ -161,7 +179,7 @@ def _material(
 ) -> Material:
     is_batched = check_batches(student, inputs[:3]) and check_batches(teacher, inputs[:3])
     shapes = [tuple(x.shape) for x in inputs[0]]
-    augment = run.augment or (find_augment(shapes) if plan.augments else None)
+    augment = run.augment or (find_augment(shapes, mixes=not plan.label_weight) if plan.augments else None)
     student_keys, teacher_keys, are_scores = [], [], []
     for number, (own, its) in enumerate(zip(student.scores, teacher.scores, strict=True)):
         both = own is not None and its is not None

@@ -39,6 +39,8 @@ def distill(
     *,
     teacher: ov.Model | HoldsModel | str | Path,
     data: Dataset | str | Path | Mapping[str, Array] | Array | Sequence[Any],
+    labels: Any = None,
+    label_weight: float = 0.3,
     steps: int = 2000,
     batch: int = 64,
     peak_rate: float = 0.01,
@@ -56,7 +58,9 @@ def distill(
 
     Both take the same inputs; a teacher given as an ONNX file is read with `preprocess` and `shape`, as `compile`
     reads it. `data` is a path or arrays in memory. `augment` mirrors, shifts and mixes images (True), leaves inputs
-    as they are (False), or is a function of the inputs of one batch and a `torch.Generator`. A run that was
+    as they are (False), or is a function of the inputs of one batch and a `torch.Generator`. Labels are looked at
+    only where `labels` (class numbers, a path or a key as in `compile`) are given: their cross entropy is added with
+    `label_weight`. A run that was
     interrupted goes on from `checkpoint`. The result is the same in every run with `threads=1` and no time limit.
 
     `result.is_better` says whether training helped; `result.before` and `result.after` are divergences of the
@@ -68,7 +72,7 @@ def distill(
 
     model = _model(compressed)
     master = _teacher(teacher, preprocess, shape)
-    dataset = _dataset(data, master)
+    dataset = _dataset(data, labels, master)
     say = on_event or (lambda event: None)
     return train(
         model,
@@ -80,6 +84,7 @@ def distill(
             peak_rate=peak_rate,
             inner_weight=inner_weight,
             augments=augment is not False,
+            label_weight=label_weight if labels is not None else 0.0,
             seed=seed,
         ),
         Run(
@@ -104,13 +109,15 @@ def _teacher(
     return _model(given)
 
 
-def _dataset(data: Any, model: ov.Model) -> Dataset:
+def _dataset(data: Any, labels: Any, model: ov.Model) -> Dataset:
     if isinstance(data, Dataset):
+        if labels is not None:
+            raise InputError("a Dataset carries its own labels; give labels with arrays or a path")
         return data
     inputs = [_spec(each) for each in model.inputs]
     if isinstance(data, str | Path):
-        return load_dataset(str(data), inputs=inputs)
-    return from_arrays(data, inputs=inputs)
+        return load_dataset(str(data), inputs=inputs, labels=None if labels is None else str(labels))
+    return from_arrays(data, inputs=inputs, labels=labels)
 
 
 def _spec(given: ov.Output) -> TensorSpec:

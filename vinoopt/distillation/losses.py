@@ -88,6 +88,15 @@ def _mean(losses: Sequence[OutputLoss], student: Sequence[Any], teacher: Sequenc
     return sum(values) / len(values)
 
 
+def cross_entropy(scores: Any, labels: Any) -> Any:
+    """Of class scores [B, C] with class numbers [B]; probabilities are told by their sum."""
+    flat = scores.flatten(1)
+    sums = flat.detach().sum(1)
+    is_softmax = float(flat.detach().min()) >= 0 and bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-2))
+    logarithms = torch.log(flat.clamp(min=_TINY)) if is_softmax else F.log_softmax(flat, -1)
+    return F.nll_loss(logarithms, labels.reshape(-1).to(flat.device))
+
+
 def agreement(student: Any, teacher: Any) -> float | None:
     """Share of samples with the same highest score; None for an output that is not class scores."""
     if not is_classifier_shape(teacher.shape):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from vinoopt.distillation.augment import Augment
-from vinoopt.distillation.losses import Loss, agreement
+from vinoopt.distillation.losses import Loss, agreement, cross_entropy
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.weights import Key
 
@@ -99,6 +99,9 @@ class Material:
     augment: Augment | None
     is_batched: bool
     """Whether several calls may be put into one."""
+    labels: Sequence[Any] | None = None
+    """One tensor of class numbers per call, for the first output; None: labels are not looked at."""
+    label_weight: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -195,26 +198,33 @@ class Training:
         self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
         chunks = self._next_chunks()
-        for inputs in chunks:
+        for inputs, labels in chunks:
             if self.material.augment is not None:
                 inputs = self.material.augment(inputs, self._generator)
             with torch.no_grad():
                 target = self.teacher(inputs, self.material.teacher_keys)
-            loss, _ = self.material.loss(self.student(inputs, self.material.student_keys), target)
+            values = self.student(inputs, self.material.student_keys)
+            loss, _ = self.material.loss(values, target)
+            if labels is not None:
+                loss = loss + self.material.label_weight * cross_entropy(values[0], labels)
             (loss / len(chunks)).backward()
             total += float(loss.detach()) / len(chunks)
         if math.isfinite(total):
             self._optimizer.step()
         return total
 
-    def _next_chunks(self) -> list[Batch]:
-        """The next calls in a random order, in one chunk where they can be run together."""
+    def _next_chunks(self) -> list[tuple[Batch, Any]]:
+        """The next calls in a random order with their labels, in one chunk where they can be run together."""
         own = self.student.own_batch or self.material.inputs[0][0].shape[0] or 1
         count = min(max(self.settings.batch // own, 1), len(self.material.inputs))
         if len(self._order) < count:
             self._order = torch.randperm(len(self.material.inputs), generator=self._generator).tolist()
         picked, self._order = self._order[:count], self._order[count:]
-        return _joined([self.material.inputs[i] for i in picked], self.material.is_batched)
+        chunks = _joined([self.material.inputs[i] for i in picked], self.material.is_batched)
+        if self.material.labels is None:
+            return [(chunk, None) for chunk in chunks]
+        labels = [[self.material.labels[i]] for i in picked]
+        return [(c, own[0]) for c, own in zip(chunks, _joined(labels, self.material.is_batched), strict=True)]
 
     # ------------------------------------------------------------------ held-back inputs
 
