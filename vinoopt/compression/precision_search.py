@@ -93,7 +93,7 @@ class _Run:
             return
         if not self._can_pay(whole):
             return
-        self._damage_table(whole, blocks)
+        self._damage_table(whole, blocks, trials=6)
         self._bisect(whole, trace_mixes(self.costs, self.damages))
         for _ in range(ROUNDS[self.options.effort] - 1):
             if self.options.is_late or not self._correct(whole, blocks):
@@ -196,7 +196,8 @@ class _Run:
             f"{self.judge.yardstick.target} (fitted to {len(mixes)} mixed models)"
         )
 
-    def _damage_table(self, whole: CompressionPlan, blocks: Sequence[str]) -> None:
+    def _damage_table(self, whole: CompressionPlan, blocks: Sequence[str], *, trials: int) -> None:
+        """The damage of each block; `trials` are expected to follow."""
         self.say(f"damage of each of {len(blocks)} blocks")
         table = block_damages(
             blocks,
@@ -205,7 +206,7 @@ class _Run:
             if self.options.is_late
             else self._damage_of(whole, set(blocks) - set(names)),
             deadline=self.options.table_deadline,
-            progress=lambda done, total: self._expect((total - done) * self.judge.spent.probe_s, trials=6),
+            progress=lambda done, total: self._expect((total - done) * self.judge.spent.probe_s, trials=trials),
         )
         self.damages = dict(table.damages)
 
@@ -298,7 +299,9 @@ class _Run:
             for point in trace_mixes(self.costs, self.damages)
             if self._predicted_us(point) < _FASTER * 1e3 * float_ms
         ]
-        for share in _RESERVES[self.options.effort]:
+        shares = _RESERVES[self.options.effort]
+        for place, share in enumerate(shares):
+            self._expect(0.0, trials=len(shares) - place)
             safer = [p for p in points if p.damage <= share * limit and INT8 in p.picks.values()]
             if not safer or self.options.is_late:
                 return
@@ -344,7 +347,7 @@ class _Run:
         )
         if best is None or self._is_safe(best) or self.options.is_late:
             return
-        self._damage_table(whole, blocks)
+        self._damage_table(whole, blocks, trials=len(_RESERVES[self.options.effort]))
         self._reserves(whole, best)
 
     def _is_safe(self, trial: Trial) -> bool:
