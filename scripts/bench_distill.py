@@ -162,7 +162,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=4.0, help="of measurement per contestant of `search`")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64, help="samples per step")
-    parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--rate", type=float, help="peak rate; by default what suits the model")
     parser.add_argument("--inner", type=float, default=1.0)
     parser.add_argument("--threads", type=int, help="of PyTorch; fewer where the machine is shared")
     parser.add_argument("--output", type=Path, default=Path("distill.jsonl"))

@@ -12,7 +12,7 @@ import openvino as ov
 from pydantic import ValidationError
 
 from vinoopt.accuracy.datasets import Dataset, from_arrays, load_dataset
-from vinoopt.distillation.needs import require_torch
+from vinoopt.distillation.needs import PRUNED_RATE, ROUNDED_RATE, require_torch
 from vinoopt.errors import InputError
 from vinoopt.frontend.normalize import load_model
 from vinoopt.records import DistillationPlan, Event, PreprocessSpec, TensorSpec
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vinoopt.distillation.augment import Augment
     from vinoopt.distillation.distiller import Distilled
 
+_WHOLE = 0.98
+"""Of the teacher's constants, below which a model counts as pruned."""
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
@@ -43,7 +45,7 @@ def distill(
     label_weight: float = 0.3,
     steps: int = 2000,
     batch: int = 64,
-    peak_rate: float = 0.01,
+    peak_rate: float | None = None,
     inner_weight: float = 1.0,
     augment: bool | Augment = True,
     seed: int = 0,
@@ -57,10 +59,12 @@ def distill(
     """`compressed` trained towards `teacher` on unlabelled inputs; never worse than it was.
 
     Both take the same inputs; a teacher given as an ONNX file is read with `preprocess` and `shape`, as `compile`
-    reads it. `data` is a path or arrays in memory. `augment` mirrors, shifts and mixes images (True), leaves inputs
-    as they are (False), or is a function of the inputs of one batch and a `torch.Generator`. Labels are looked at
-    only where `labels` (class numbers, a path or a key as in `compile`) are given: their cross entropy is added with
-    `label_weight`. A run that was
+    reads it. `data` is a path or arrays in memory. Labels are looked at only where `labels` (class numbers, a path or
+    a key, as in `compile`) are given: their cross entropy is then added with `label_weight`.
+
+    `peak_rate` is the largest change of a weight per step, relative to its tensor's size; by default 0.01 for a model
+    with fewer weights than its teacher, else 0.002. `augment` mirrors, shifts and mixes images (True), leaves inputs
+    as they are (False), or is a function of the inputs of one batch and a `torch.Generator`. A run that was
     interrupted goes on from `checkpoint`. The result is the same in every run with `threads=1` and no time limit.
 
     `result.is_better` says whether training helped; `result.before` and `result.after` are divergences of the
@@ -81,7 +85,7 @@ def distill(
         _plan(
             runs=(steps,),
             batch=batch,
-            peak_rate=peak_rate,
+            peak_rate=_rate(model, master) if peak_rate is None else peak_rate,
             inner_weight=inner_weight,
             augments=augment is not False,
             label_weight=label_weight if labels is not None else 0.0,
@@ -127,6 +131,15 @@ def _spec(given: ov.Output) -> TensorSpec:
         shape=tuple(dimensions),
         dtype=np.dtype(given.get_element_type().to_dtype()).name,
     )
+
+
+def _rate(model: ov.Model, teacher: ov.Model) -> float:
+    own, its = (sum(_size(node) for node in each.get_ops()) for each in (model, teacher))
+    return PRUNED_RATE if own < _WHOLE * its else ROUNDED_RATE
+
+
+def _size(node: ov.Node) -> int:
+    return int(np.prod(node.get_output_shape(0))) if node.get_type_name() == "Constant" else 0
 
 
 def _plan(**fields: Any) -> DistillationPlan:

@@ -57,7 +57,7 @@ def relative_error(examples: Any) -> OutputLoss:
     weight = 1 / variance.clamp(min=floor)
 
     def loss(student: Any, teacher: Any) -> Any:
-        return ((student - teacher).square() * weight).mean()
+        return ((student - teacher).square() * weight.to(student.device)).mean()
 
     return loss
 

@@ -51,6 +51,14 @@ class Grid:
         """Between two levels."""
         return (self.high - self.low) / (self.levels - 1)
 
+    def at(self, device: Any) -> Grid:
+        """The same grid on another device."""
+        if self.low.device == device:
+            return self
+        out = {"scale_out": self.scale_out, "offset_out": self.offset_out}
+        moved = {name: None if value is None else value.to(device) for name, value in out.items()}
+        return Grid(low=self.low.to(device), high=self.high.to(device), levels=self.levels, **moved)
+
     def offset_levels(self) -> int | None:
         """The level of zero, for one range with zero on its grid; None for other ones."""
         if self.low.numel() != 1:
@@ -62,12 +70,13 @@ class Grid:
 
 def fake_quantize(x: Any, theta: Any, grid: Grid) -> Any:
     """`x` on the grid scaled by exp(theta), with gradients for both."""
+    grid = grid.at(x.device)
     return _onto_output(_FakeQuantize.apply(x, theta, grid), theta, grid)
 
 
 def clamp(x: Any, theta: Any, grid: Grid) -> Any:
     """`x` inside the grid's range, as `fake_quantize` without its rounding."""
-    factor = torch.exp(theta)
+    grid, factor = grid.at(x.device), torch.exp(theta)
     return _onto_output(torch.clamp(x, grid.low * factor, grid.high * factor), theta, grid)
 
 
@@ -79,7 +88,7 @@ def _onto_output(y: Any, theta: Any, grid: Grid) -> Any:
 
 def to_levels(x: Any, theta: Any, grid: Grid) -> Any:
     """The number of the level, from 0, that each value is rounded to."""
-    factor = torch.exp(theta)
+    grid, factor = grid.at(x.device), torch.exp(theta)
     low, high, step = grid.low * factor, grid.high * factor, grid.step * factor
     return torch.round((torch.clamp(x, low, high) - low) / step)
 

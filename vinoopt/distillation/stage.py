@@ -19,8 +19,9 @@ from vinoopt.alarm import TimeIsUp, until
 from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
 from vinoopt.compression.precision_search import latency_of
 from vinoopt.compression.search import SearchResult
+from vinoopt.distillation.needs import PRUNED_RATE, ROUNDED_RATE
 from vinoopt.errors import DistillationError
-from vinoopt.records import CompressionPlan, DistillationPlan, Trial, TrialState
+from vinoopt.records import CompressionPlan, DistillationPlan, GroupWidth, Trial, TrialState
 
 STAGE_S = 1200.0
 """For the whole stage, without a time limit."""
@@ -190,17 +191,22 @@ class _Stage:
         from vinoopt.distillation.distiller import seconds_per_step
 
         workshop, store = self.judge.workshop, self.judge.store
-        plan = self._distillation((1,))
+        plan = self._distillation((1,), runner.plan.widths)
 
         def measured() -> float:
             return seconds_per_step(workshop.build(runner.plan), workshop.source, workshop.calibration, plan)
 
         return float(store.json(f"distillation-pace-{self.judge.yardstick.target.slug}", measured))
 
-    def _distillation(self, runs: tuple[int, ...]) -> DistillationPlan:
+    def _distillation(self, runs: tuple[int, ...], widths: Sequence[GroupWidth]) -> DistillationPlan:
         sample = self.judge.workshop.calibration[0]
         size = sum(array.size for array in sample.values()) / self.judge.workshop.calibration.batch
-        return DistillationPlan(runs=runs, batch=16 if size >= _LARGE else 64, seed=self.options.seed)
+        return DistillationPlan(
+            runs=runs,
+            batch=16 if size >= _LARGE else 64,
+            peak_rate=PRUNED_RATE if widths else ROUNDED_RATE,
+            seed=self.options.seed,
+        )
 
     def _steps(self, seconds: float, pace: float) -> int | None:
         steps = int(seconds / pace) // _STEP_QUANTUM * _STEP_QUANTUM
@@ -211,7 +217,7 @@ class _Stage:
     def _trained(self, runner: _Runner, steps: int) -> _Runner:
         if self._is_late():
             return runner
-        distillation = self._distillation((*runner.runs, steps))
+        distillation = self._distillation((*runner.runs, steps), runner.plan.widths)
         plan = serde.replace(runner.plan, distillation=distillation)
         words = f"{sum(distillation.runs)} steps of distillation, {runner.latency_ms:.3g} ms before them"
         self.say(f"{plan.title}: {words}")

@@ -23,6 +23,7 @@ from vinoopt.distillation.augment import Augment
 from vinoopt.distillation.losses import Loss, agreement, cross_entropy
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.weights import Key
+from vinoopt.errors import DistillationError
 
 _WARM_UP = 0.08
 """Share of the steps over which the rate rises."""
@@ -141,6 +142,9 @@ class Training:
     def _run(self) -> Outcome:
         steps = self.settings.steps
         self._parameters = [*self.student.values, *self.student.factors]
+        if not self._parameters:
+            raise DistillationError("the model holds no weights that could be trained")
+        self._device = self._parameters[0].device
         self._optimizer = self._made_optimizer()
         self._generator = torch.Generator().manual_seed(self.settings.seed)
         self._order: list[int] = []
@@ -189,7 +193,8 @@ class Training:
             groups.append({"params": list(self.student.factors), "base": self.settings.peak_rate * _RANGE_RATE})
         for group in groups:
             group["lr"] = 0.0
-        return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-12, fused=True)
+        fused = self._device.type in ("cpu", "cuda")
+        return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-12, fused=fused)
 
     def _one_step(self) -> float:
         scale = _rate(self._step, self.settings.steps)
@@ -220,7 +225,7 @@ class Training:
         if len(self._order) < count:
             self._order = torch.randperm(len(self.material.inputs), generator=self._generator).tolist()
         picked, self._order = self._order[:count], self._order[count:]
-        chunks = _joined([self.material.inputs[i] for i in picked], self.material.is_batched)
+        chunks = self._chunks([self.material.inputs[i] for i in picked])
         if self.material.labels is None:
             return [(chunk, None) for chunk in chunks]
         labels = [[self.material.labels[i]] for i in picked]
@@ -233,7 +238,10 @@ class Training:
         count = max(self.settings.batch // own, 1)
         held = self.material.held
         parts = [held[i : i + count] for i in range(0, len(held), count)]
-        return [chunk for part in parts for chunk in _joined(part, self.material.is_batched)]
+        return [chunk for part in parts for chunk in self._chunks(part)]
+
+    def _chunks(self, calls: Sequence[Batch]) -> list[Batch]:
+        return [[x.to(self._device) for x in chunk] for chunk in _joined(calls, self.material.is_batched)]
 
     def _targets(self) -> list[list[Any]]:
         keys = self.material.teacher_keys[: len(self.material.loss.outputs)]
