@@ -67,6 +67,8 @@ Array = np.ndarray[Any, Any]
 GOLDEN_SAMPLES = 4
 PARITY_SAMPLES = 4
 MEASURED_SAMPLES = 16
+_HURRY_S = 1.0
+"""Behind the end of its time, a search had none beyond its baselines."""
 _LEAST_TUNING_S = 4.0
 """Below this, tuning is left out."""
 _CONTRACTIONS = frozenset(
@@ -330,7 +332,7 @@ def _search_all(
     choices: list[Choice] = []
     for number, yardstick in enumerate(yardsticks):
         deadlines = _deadlines(material, clock.started, targets=len(yardsticks) - number)
-        options = _search_options(material, yardstick.spec, ignored, None if deadlines is None else deadlines.search)
+        options = _search_options(material, yardstick.spec, ignored, deadlines)
         if any(choice.interrupted for choice in choices):
             options = replace(options, quantize=False, prune=False)
         if number:
@@ -541,7 +543,7 @@ def _preset_for(spec: DeviceSpec, source: SourceModel) -> Preset | None:
 
 
 def _search_options(
-    material: Material, spec: DeviceSpec, ignored: tuple[str, ...], deadline: float | None
+    material: Material, spec: DeviceSpec, ignored: tuple[str, ...], deadlines: Deadlines | None
 ) -> SearchOptions:
     request, source = material.request, material.source
     saturates = spec.kind is Device.CPU and Precision.INT8 not in spec.precisions  # no VNNI
@@ -559,7 +561,8 @@ def _search_options(
         channel_multiple=spec.channel_multiple,
         seed=request.seed,
         effort=without_training(request.effort),
-        deadline=deadline,
+        deadline=None if deadlines is None else deadlines.search,
+        anchor_deadline=None if deadlines is None else deadlines.anchors,
     )
 
 
@@ -605,7 +608,8 @@ def _choose_for(
         found = distill_beyond(judge, found, StageOptions(deadline=options.deadline, seed=options.seed), say=say)
     test = TestPart(data=splits.test, reference=material.test_reference)
     with material.forecast.stage("choose"):
-        choice = choose(judge, yardstick, found, test, say=say)
+        is_late = options.deadline is not None and time.monotonic() > options.deadline + _HURRY_S
+        choice = choose(judge, yardstick, found, test, say=say, is_late=is_late)
     return replace(choice, interrupted=found.is_interrupted)
 
 

@@ -18,6 +18,7 @@ _FINAL_SHARE = 0.02
 _LEAST_FINAL_S = 0.4
 _FINALISTS = 6
 """Contestants in the two final comparisons of one target, usually."""
+_BASELINES = 2
 _WRITING_S = 3.0
 """For golden outputs and their replay in a fresh process."""
 _TUNING_SHARE = 0.15
@@ -79,9 +80,9 @@ def expected_seconds(facts: Facts) -> dict[str, float]:
     return stages
 
 
-def _choosing_s(facts: Facts) -> float:
+def _choosing_s(facts: Facts, *, contestants: int = _FINALISTS) -> float:
     judging = 2 * (facts.overhead_s + facts.test * facts.sample_s)
-    return judging + _FINALISTS * (facts.final_s + facts.overhead_s + 0.2)
+    return judging + contestants * (facts.final_s + facts.overhead_s + 0.2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +91,8 @@ class Deadlines:
 
     search: float
     """Of this target's search."""
+    anchors: float
+    """Of its baselines: if they take the search's time too, there is nothing else to choose among afterwards."""
     tuning: float
     """Of tuning, all targets."""
 
@@ -104,7 +107,8 @@ def divide(facts: Facts, *, now: float, end: float, limit_s: float, targets: int
     tuning_s = min(2 * TUNING_S, _TUNING_SHARE * limit_s) if facts.is_tuned else 0.0
     rest = end - now - _WRITING_S - tuning_s
     search = now + max(rest / targets - _choosing_s(facts), LEAST_SEARCH * limit_s / targets)
-    return Deadlines(search=search, tuning=end - _WRITING_S)
+    anchors = now + (rest + tuning_s) / targets - _choosing_s(facts, contestants=_BASELINES)
+    return Deadlines(search=search, anchors=max(anchors, search), tuning=end - _WRITING_S)
 
 
 def announce(forecast: Forecast, facts: Facts, *, targets: int) -> None:

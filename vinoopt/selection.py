@@ -72,14 +72,16 @@ def choose(
     test: TestPart,
     *,
     say: Callable[[str], None],
+    is_late: bool = False,
 ) -> Choice:
     """The fastest candidate that the test part lets pass, never slower than a baseline that it lets pass.
 
     Candidates are taken from the fastest on; one that falls outside the budget on the test part is passed over
     for the next along the frontier, which ends at the float model. Then the choice, the float model and plain
     INT8 are measured side by side; a baseline inside the budget that is faster beyond noise takes its place.
+    `is_late` leaves out timing the fastest candidates again before that.
     """
-    run = _Selection(judge=judge, yardstick=yardstick, found=found, test=test, say=say)
+    run = _Selection(judge=judge, yardstick=yardstick, found=found, test=test, say=say, is_late=is_late)
     plan = run.first_inside()
     say(f"{plan.title} side by side with the baselines")
     bench = run.measure(plan)
@@ -118,6 +120,7 @@ class _Selection:
     found: SearchResult
     test: TestPart
     say: Callable[[str], None]
+    is_late: bool = False
     reasons: list[str] = field(default_factory=list)
     _drops: dict[str, Drop] = field(default_factory=dict)
     _refused: dict[str, bool] = field(default_factory=dict)
@@ -147,7 +150,7 @@ class _Selection:
         """
         candidates = list(self.found.candidates)
         front, rest = candidates[:_SHORTLIST], candidates[_SHORTLIST:]
-        if len(front) < 2:
+        if len(front) < 2 or self.is_late:
             return candidates
         self.say(f"the {len(front)} fastest candidates side by side")
         kind = self.yardstick.spec.kind

@@ -33,6 +33,8 @@ class SearchOptions:
     effort: str = "balanced"
     deadline: float | None = None
     """In `time.monotonic` seconds."""
+    anchor_deadline: float | None = None
+    """Of the baselines, which may use time that is else kept for choosing among candidates; None: `deadline`."""
 
     @property
     def is_late(self) -> bool:

@@ -60,6 +60,8 @@ def search(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) 
     run = _Run(judge=judge, options=options, say=say)
     is_interrupted = False
     try:
+        with until(options.anchor_deadline or options.deadline):
+            run.baselines()
         with until(options.deadline):
             run.all()
     except TimeIsUp:
@@ -93,10 +95,14 @@ class _Run:
         self.beyond: Beyond | None = None
         self.reasons: list[str] = []
 
+    def baselines(self) -> None:
+        """What all else is compared with."""
+        with self.judge.forecast.stage("anchors"):
+            self.anchors()
+
     def all(self) -> None:
-        """Every stage that the options ask for, in order."""
+        """Every further stage that the options ask for, in order."""
         stages = {
-            "anchors": (True, self.anchors),
             "precisions": (self.options.quantize, self.precisions),
             "weights": (self.options.quantize, self.weights),
             "widths": (self.options.prune, self.widths),
@@ -116,14 +122,21 @@ class _Run:
     def anchors(self) -> None:
         """The float model in each format, then plain INT8 in each format for what it leaves in float."""
         formats = self.judge.yardstick.float_precisions
-        anchors = {"float": [CompressionPlan(float_precision=precision) for precision in formats]}
+        plans = [("float", CompressionPlan(float_precision=each)) for each in formats]
         if self.options.quantize:
             base = self.options.base
-            anchors["plain INT8"] = [
-                CompressionPlan(quantization=base, float_precision=precision) for precision in formats
-            ]
-        self.say(f"{' and '.join(anchors)} in {', '.join(map(str, formats))}")
-        self.judge.judge_anchors(anchors)
+            plans += [("plain INT8", CompressionPlan(quantization=base, float_precision=each)) for each in formats]
+        # Under a time limit what is ready soonest goes ahead: what is timed together is lost together.
+        ends = [len(formats), len(formats) + 1, len(plans)] if self.options.deadline is not None else [len(plans)]
+        start = 0
+        for end in ends:
+            anchors: dict[str, list[CompressionPlan]] = {}
+            for note, plan in plans[start:end]:
+                anchors.setdefault(note, []).append(plan)
+            if anchors:
+                self.say(f"baselines: {', '.join(f'{note} ({p.float_precision})' for note, p in plans[start:end])}")
+                self.judge.judge_anchors(anchors)
+            start = end
 
     # ------------------------------------------------------------------ precisions
 
