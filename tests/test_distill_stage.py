@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +16,17 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip insta
 
 from test_distill import data, network  # noqa: E402
 
+import vinoopt  # noqa: E402
 from vinoopt.accuracy.datasets import Dataset  # noqa: E402
 from vinoopt.accuracy.evaluate import Predictions, predict  # noqa: E402
 from vinoopt.compression.build import Workshop  # noqa: E402
 from vinoopt.compression.judge import Judge  # noqa: E402
 from vinoopt.compression.search import SearchResult  # noqa: E402
+from vinoopt.demo import demo_files  # noqa: E402
 from vinoopt.distillation import stage  # noqa: E402
 from vinoopt.distillation.stage import StageOptions, distill_beyond  # noqa: E402
 from vinoopt.errors import DistillationError  # noqa: E402
+from vinoopt.frontend.preprocess import read_preprocess  # noqa: E402
 from vinoopt.records import (  # noqa: E402
     AccuracyBudget,
     CompressionPlan,
@@ -183,3 +187,30 @@ def test_the_deadline_ends_the_stage(tmp_path: Path) -> None:
     result = distill_beyond(judge, found_by(judge, {0.85: 6, 0.0: 4}), options, say=lambda text: None)
     assert time.monotonic() - started < 20
     assert result.reasons[-1] != "searched"
+
+
+@pytest.mark.slow
+def test_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "STAGE_S", 20.0)
+    monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path / "cache"))
+    files = demo_files()
+    with np.load(files.data) as digits:
+        images, labels = digits["images"], digits["labels"]
+    bundle = vinoopt.compile(
+        files.model,
+        data=images,
+        labels=labels,
+        preprocess=read_preprocess(files.preprocess),
+        budget=AccuracyBudget(metric="agreement", max_drop=0.002),
+        effort="distill",
+        tune=False,
+        output=tmp_path / "out",
+    )
+    (result,) = bundle.manifest.targets
+    assert any("distill" in reason for reason in result.reasons)
+    assert result.budget_met
+    trials = (bundle.path / "trials.jsonl").read_text(encoding="utf-8").splitlines()
+    trained = [json.loads(line) for line in trials if json.loads(line)["plan"]["distillation"]]
+    assert trained and all(sum(trial["plan"]["distillation"]["runs"]) for trial in trained)
+    report = (bundle.path / "report.html").read_text(encoding="utf-8")
+    assert "distilled" in report

@@ -14,6 +14,7 @@ from vinoopt.compression.sensitivity import is_classifier_shape
 OutputLoss: TypeAlias = Callable[[Any, Any], Any]
 """Student's and teacher's values of one output to a number, 0 where they are equal."""
 _TINY = 1e-12
+_QUIET = 0.1
 
 
 def output_loss(examples: Any, *, are_scores: bool) -> OutputLoss:
@@ -46,14 +47,16 @@ def _divergence_of_probabilities(student: Any, teacher: Any) -> Any:
 def relative_error(examples: Any) -> OutputLoss:
     """Mean over channels of squared error over the variance of `examples`.
 
-    Channels are the shortest dimension behind the batch, as in the search's damage tables.
+    Channels are the shortest dimension behind the batch, as in damage tables of the search. One that hardly moves
+    in the examples, as the score of a class that none of them shows, counts as one that moves by `_QUIET` of the
+    usual: else it would outweigh all others.
     """
     inner = range(1, examples.ndim)
     sizes = {axis: examples.shape[axis] for axis in inner if examples.shape[axis] > 1}
     channel = min(sizes, key=lambda axis: sizes[axis], default=0)
     others = tuple(axis for axis in range(examples.ndim) if axis != channel)
     variance = examples.var(others, unbiased=False, keepdim=True) if others else examples.var(unbiased=False)
-    floor = max(float(variance.mean()) * 1e-6, _TINY)
+    floor = max(float(variance.median()) * _QUIET, float(variance.mean()) * 1e-6, _TINY)
     weight = 1 / variance.clamp(min=floor)
 
     def loss(student: Any, teacher: Any) -> Any:

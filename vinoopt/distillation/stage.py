@@ -29,8 +29,6 @@ SPEEDS = (1.12, 1.25, 1.4)
 """How many times faster than the best training-free candidate the prospects are predicted to be."""
 RUNG_SHARES = (0.25, 0.25, 0.5)
 """Of the stage's time, for each round of runs."""
-_LEAST_GAIN = 1.03
-"""A candidate must be so many times faster than the best one to be worth a run."""
 _LEAST_STEPS, _STEP_QUANTUM = 50, 50
 _JUDGING_S = 10.0
 """Kept free at the end of a time limit."""
@@ -179,7 +177,7 @@ class _Stage:
         except CANDIDATE_ERRORS as exc:
             self.reasons.append(f"candidates for distillation could not be timed: {exc}")
             return []
-        limit = times[0] / _LEAST_GAIN if ground else math.inf
+        limit = times[0] if ground else math.inf
         pairs = zip(usable, times[len(ground) :], strict=True)
         runners = [_Runner(plan=plan, latency_ms=ms) for plan, ms in pairs if ms < limit]
         return sorted(runners, key=lambda runner: runner.latency_ms)

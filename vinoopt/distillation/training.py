@@ -33,6 +33,10 @@ _SMALLEST_SIZE = 1e-3
 """Of a tensor, for its rate: a bias of zeros must be able to move."""
 _RANGE_RATE = 0.1
 """Rate of ranges, whose factors are logarithms, per relative rate of weights."""
+_PATIENT = 0.75
+"""Share of the steps before which a run is not ended early: while the rate is high no state looks like the best."""
+_LEAST_BETTER, _TINY_LOSS = 1e-4, 1e-7
+"""Of the best loss, and absolute: what a new best must be below it by. Less is the rounding of sums."""
 _WATCHES = 20
 """Looks at the held-back inputs in a whole run."""
 _CHECKPOINT_S = 60.0
@@ -164,7 +168,7 @@ class Training:
             is_late = self.deadline is not None and time.monotonic() > self.deadline
             if self._step % interval == 0 or self._step == steps or is_late:
                 self._watch(started)
-            if is_late or self._stale > self.settings.patience:
+            if is_late or self._is_stale():
                 reason = "time limit" if is_late else "no better for a while"
                 break
             if self.checkpoint is not None and time.monotonic() - saved > _CHECKPOINT_S:
@@ -181,6 +185,10 @@ class Training:
             seconds=self._spent + time.monotonic() - started,
             reason=reason,
         )
+
+    def _is_stale(self) -> bool:
+        """Whether the rate has fallen far enough for a best state to come, and none has for a while."""
+        return self._stale > self.settings.patience and self._step > _PATIENT * self.settings.steps
 
     # ------------------------------------------------------------------ one step
 
@@ -263,7 +271,7 @@ class Training:
         share = sum(agreeing) / sum(sizes) if agreeing else None
         loss = loss if math.isfinite(loss) else math.inf
         self._stale += 1
-        if loss < self._best_loss or not self._best:
+        if not self._best or loss < self._best_loss - max(_LEAST_BETTER * self._best_loss, _TINY_LOSS):
             self._best_loss, self._best_step, self._stale = loss, self._step, 0
             self._best = [p.detach().clone() for p in self._parameters]
         self._report(loss, share, started)
