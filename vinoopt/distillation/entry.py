@@ -63,7 +63,7 @@ def distill(
     a key, as in `compile`) are given: their cross entropy is then added with `label_weight`.
 
     `peak_rate` is the largest change of a weight per step, relative to its tensor's size; by default 0.01 for a model
-    with fewer weights than its teacher, else 0.002. `augment` mirrors, shifts and mixes images (True), leaves inputs
+    with fewer weights than its teacher, else 0.0003. `augment` mirrors, shifts and mixes images (True), leaves inputs
     as they are (False), or is a function of the inputs of one batch and a `torch.Generator`. A run that was
     interrupted goes on from `checkpoint`. The result is the same in every run with `threads=1` and no time limit.
 

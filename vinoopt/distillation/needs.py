@@ -7,7 +7,7 @@ import sys
 
 from vinoopt.errors import ExtraMissing
 
-PRUNED_RATE, ROUNDED_RATE = 0.01, 0.002
+PRUNED_RATE, ROUNDED_RATE = 0.01, 3e-4
 """Peak rates: weights that make up for removed channels have a way to go; those that were only rounded are near."""
 
 
