@@ -22,9 +22,13 @@ from vinoopt.distillation.weights import Key
 from vinoopt.errors import DataError, DistillationError
 from vinoopt.records import DistillationPlan
 
-HELD_SHARE, MOST_HELD, LEAST_HELD = 0.1, 256, 4
-"""Of the inputs, to be looked at only: a share, at most, at least so many calls."""
+HELD_SHARE, MOST_HELD = 0.1, 256
+"""Of the inputs, to be looked at only: a share, and at most so many calls."""
+LEAST_HELD, MOST_SHARE = 16, 0.25
+"""So many calls are looked at where that is no more than this share: with fewer the best state is found by chance."""
 LEAST_INPUTS = 16
+_CHECKED = 4
+"""Calls on which a mirror has to equal OpenVINO."""
 _EXAMPLES = 32
 """Calls on which the spread of the teacher's values is taken."""
 _JOINS = frozenset({"Add"})
@@ -75,8 +79,8 @@ def train(student: ov.Model, teacher: ov.Model, data: Dataset, plan: Distillatio
     labels = _labels(data, plan)
     work = student.clone()
     mirror, master = Mirror(work), Mirror(teacher.clone(), trains=False)
-    check_equality(mirror, inputs[:LEAST_HELD])
-    check_equality(master, inputs[:LEAST_HELD])
+    check_equality(mirror, inputs[:_CHECKED])
+    check_equality(master, inputs[:_CHECKED])
     material = replace(
         _material(mirror, master, inputs, held_calls, plan, run), labels=labels, label_weight=plan.label_weight
     )
@@ -153,7 +157,8 @@ def _parts(student: ov.Model, data: Dataset, seed: int) -> tuple[list[Batch], li
 def _order(data: Dataset, seed: int) -> tuple[np.ndarray[Any, Any], int]:
     """A permutation of the calls, and how many at its beginning are held back."""
     order = np.random.default_rng(seed).permutation(len(data))
-    return order, min(max(int(len(data) * HELD_SHARE), LEAST_HELD), MOST_HELD)
+    least = min(LEAST_HELD, int(len(data) * MOST_SHARE))
+    return order, min(max(int(len(data) * HELD_SHARE), least), MOST_HELD)
 
 
 def _labels(data: Dataset, plan: DistillationPlan) -> list[Any] | None:
@@ -264,9 +269,9 @@ def seconds_per_step(student: ov.Model, teacher: ov.Model, data: Dataset, plan: 
     """What one step takes here; raises what `train` raises before it starts."""
     inputs, held, _ = _parts(student, data, plan.seed)
     mirror, master = Mirror(student.clone()), Mirror(teacher.clone(), trains=False)
-    check_equality(mirror, inputs[:LEAST_HELD])
-    check_equality(master, inputs[:LEAST_HELD])
-    material = _material(mirror, master, inputs, held[:LEAST_HELD], plan, Run())
+    check_equality(mirror, inputs[:_CHECKED])
+    check_equality(master, inputs[:_CHECKED])
+    material = _material(mirror, master, inputs, held[:_CHECKED], plan, Run())
     for each in (mirror, master):
         each.place(_device())
     settings = TrainingSettings(steps=_PACE_STEPS, batch=plan.batch, inner_weight=plan.inner_weight, seed=plan.seed)
