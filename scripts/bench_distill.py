@@ -5,10 +5,10 @@
     python scripts/bench_distill.py curve --case cifar_resnet20 --images 300 --images 1000 --images 3000
 
 `search` compiles with effort `distill` and measures the float model, plain `nncf.quantize` and the result in
-interleaved rounds. `recover` trains the output of plain `nncf.quantize` as it is, no block in float. `curve` prunes
-half of the channels inside every residual branch, quantizes, and trains, all with so many images. Nothing sees a
-label before judgement, and judgement is on samples that nothing else saw. One JSON line per run goes to the output,
-which is also printed.
+interleaved rounds. `recover` trains the output of plain `nncf.quantize` as it is, no block in float. `curve` keeps
+half of the channels (`--kept`) inside every residual branch, quantizes, and trains, all with so many images. Nothing
+sees a label before judgement, and judgement is on samples that nothing else saw. One JSON line per run goes to the
+output, which is also printed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from _cases import SHARED, Case, cases, judged, whole_calls
+from _cases import SHARED, Case, cases, judged, ratio, whole_calls
 from bench_pruning import outcome, side_by_side
 
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset
+from vinoopt.bench import Contestant, MeasureConfig, measure
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import prepare
 from vinoopt.frontend.normalize import SourceModel
 from vinoopt.records import AccuracyBudget, Device, Event, QuantizationPlan
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
-KEPT = 0.5
-"""Of the channels inside every residual branch, in `curve`."""
 
 
 def material(case: Case, source: SourceModel, images: int | None) -> tuple[Dataset, Dataset]:
@@ -67,11 +66,30 @@ def curve(name: str, images: int, options: argparse.Namespace) -> dict[str, Any]
     if kit is None:
         raise SystemExit(f"{name} has no channels to remove")
     inner = [group for group in kit.coupling.groups if group.can_vanish]
-    widths = kit.widths({group.name: int(group.units * KEPT) for group in inner})
+    widths = kit.widths({group.name: int(group.units * options.kept) for group in inner})
     student = kit.corrected(
         widths, quantize(kit.thoroughly(widths), QuantizationPlan(), learn, device=Device.CPU)
     )
-    return {"images": images, **_trained(case, source, student, learn, test, options)}
+    plain = quantize(source.model, QuantizationPlan(), learn, device=Device.CPU)
+    speeds = {f"over_int8 at batch {n}": _speed(plain, student, test, n, options.seconds) for n in (1, 8)}
+    top1 = judged(plain, {}, test, case.metric_for(source)).value
+    row = _trained(case, source, student, learn, test, options)
+    return {"images": images, "kept": options.kept, "plain": round(top1, 4), **speeds, **row}
+
+
+def _speed(plain: ov.Model, student: ov.Model, test: Dataset, batch: int, seconds: float) -> list[float | bool]:
+    """How many times faster the student is, in interleaved rounds, where the model's batch can be chosen."""
+    contestants = []
+    for title, model in (("nncf.quantize", plain), ("student", student)):
+        sized = model.clone()
+        shape = sized.inputs[0].get_partial_shape()
+        shape[0] = batch
+        sized.reshape(shape)
+        contestants.append(Contestant(name=title, model=sized))
+    (name,) = test[0]
+    calls = [{name: np.concatenate([test[n * batch + i][name] for i in range(batch)])} for n in range(8)]
+    measured = measure(contestants, calls, config=MeasureConfig(seconds=2 * seconds))
+    return ratio(measured.compare("nncf.quantize", "student"))
 
 
 def _trained(
@@ -155,6 +173,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("kind", choices=["search", "recover", "curve"])
     parser.add_argument("--case", action="append", required=True, choices=sorted(cases()))
     parser.add_argument("--images", action="append", type=int, help="of `curve`, repeatable")
+    parser.add_argument("--kept", type=float, default=0.5, help="share of inner channels that stay in `curve`")
     parser.add_argument("--batch-size", action="append", type=int, help="of `search`, repeatable")
     parser.add_argument("--max-drop", type=float, default=0.01)
     parser.add_argument("--effort", default="distill")
