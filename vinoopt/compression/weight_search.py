@@ -63,8 +63,10 @@ def search_weights(judge: Judge, options: SearchOptions, *, say: Callable[[str],
     failed = all(t.state is TrialState.FAILED for t in judge.trials if t.plan.quantization is not None)
     traffic = weigh(judge.workshop.source)
     if not failed and (traffic is None or not traffic.is_bound):
+        if traffic is None or not traffic.fetched:
+            return []
         least = f"it is tried from {LEAST_BYTES / 2**20:.0f} MiB and {LEAST_SHARE:.0%} on"
-        return [] if not traffic or not traffic.fetched else [f"weight-only compression was left out: {traffic}; {least}"]
+        return [f"weight-only compression was left out: {traffic}; {least}"]
     why = "it cannot be quantized otherwise" if failed else str(traffic)
     say(f"weight-only compression: {why}")
     tried = [trial for plan in _plans(judge, options) for trial in _judged(judge, options, plan)]
