@@ -536,7 +536,7 @@ def _preset_for(spec: DeviceSpec, source: SourceModel) -> Preset | None:
     """Symmetric activations for a convolutional network on an NPU; None: NNCF's own choice.
 
     They are NNCF's own choice there, but named they also keep the search from asymmetric ones, whose quantizers
-    an NPU runs as vector programs: on five of eight networks 1.1 to 5.6 times slower by its cost model, on the
+    an NPU runs as vector programs: on four of eight networks 1.1 to 5.6 times slower by its cost model, on the
     others the same.
     """
     return Preset.PERFORMANCE if spec.kind is Device.NPU and not source.is_transformer else None
