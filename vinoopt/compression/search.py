@@ -5,7 +5,8 @@ the first minute. Then tables: what each choice alone damages, and what it costs
 both gives candidates from least damage to least time; since damage grows along it, bisection finds the fastest
 one inside the budget with few whole judgements. The sum of single damages is not the damage of the sum: around
 the candidate found, the damages of the blocks still in float are measured again, in its company, and the
-bisection goes on until it finds nothing faster.
+bisection goes on until it finds nothing faster. Narrower models come last, along a path of steps whose damage is
+measured in the company of the steps before (see `descent`).
 """
 
 from __future__ import annotations
