@@ -40,7 +40,7 @@ class BlockTables:
 
 
 class WidthSearch:
-    """Finds the fastest pruned candidate inside the budget, by steps along a path of both."""
+    """Finds the fastest pruned candidate inside the budget, by steps along a path of widths and precisions."""
 
     def __init__(
         self,
