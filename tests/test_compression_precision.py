@@ -144,7 +144,7 @@ def test_nncf_says_nothing_on_stdout(model: ov.Model, data: Dataset, capsys: pyt
 
 def test_nncf_sends_no_telemetry() -> None:
     code = (
-        "from vinoopt.compression.quantize import _import_nncf; _import_nncf();"
+        "from vinoopt.compression.quantize import import_nncf; import_nncf();"
         "from nncf.telemetry.wrapper import NNCFTelemetry, telemetry;"
         "print(isinstance(telemetry, NNCFTelemetry))"
     )

@@ -34,7 +34,7 @@ def quantize(model: ov.Model, plan: QuantizationPlan, calibration: Dataset, *, d
 
     Raises `PlanError` for an unknown activation range and `CompressionError` where NNCF fails.
     """
-    nncf = _import_nncf()
+    nncf = import_nncf()
     count = min(len(calibration), plan.subset_size)
     with _quiet(), _translated("quantization"):
         return nncf.quantize(
@@ -56,7 +56,7 @@ def compress_weights(model: ov.Model, plan: WeightCompressionPlan) -> ov.Model:
     Data-free: for models that are bound by weight traffic or too big to calibrate. Raises `PlanError` for an
     unknown mode and `CompressionError` where NNCF fails.
     """
-    nncf = _import_nncf()
+    nncf = import_nncf()
     modes = {mode.value: mode for mode in nncf.CompressWeightsMode}
     if plan.mode not in modes:
         raise PlanError(f'weight compression mode "{plan.mode}" is not one of {", ".join(sorted(modes))}')
@@ -98,7 +98,7 @@ def _advanced(nncf: ModuleType, plan: QuantizationPlan) -> Any:
     return parameters
 
 
-def _import_nncf() -> ModuleType:
+def import_nncf() -> ModuleType:
     """NNCF, imported with its telemetry package out of reach: it then uses its own no-operation stub."""
     if "nncf" not in sys.modules:
         name = "openvino_telemetry"

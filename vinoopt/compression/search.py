@@ -21,6 +21,7 @@ from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
 from vinoopt.compression.options import ROUNDS as ROUNDS
 from vinoopt.compression.options import SearchOptions as SearchOptions
 from vinoopt.compression.precision_search import latency_of, search_precisions
+from vinoopt.compression.quantize import import_nncf
 from vinoopt.compression.weight_search import search_weights
 from vinoopt.compression.width_search import BlockTables, WidthSearch
 from vinoopt.compression.widths import prepare
@@ -60,6 +61,8 @@ def search(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) 
     """Trials of the candidates worth judging; ends at the deadline, or at an interrupt, with what it has."""
     run = _Run(judge=judge, options=options, say=say)
     is_interrupted = False
+    if options.quantize:
+        import_nncf()  # an import that the alarm breaks off would leave half a module behind
     try:
         with until(options.anchor_deadline or options.deadline):
             run.baselines()
