@@ -16,6 +16,7 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -101,9 +102,7 @@ def self_table(rows: list[dict[str, Any]]) -> tuple[str, bool]:
 
 
 def beside_benchmark_app(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
-    program = shutil.which("benchmark_app")
-    if program is None:
-        raise SystemExit("benchmark_app is not installed; it comes with pip install openvino")
+    program = find_benchmark_app()
     for name, mode in product(options.model or MODELS, options.hint or HINTS):
         wanted = [run for run in range(options.runs) if key("benchmark_app", name, mode, run) not in known]
         if not wanted:
@@ -123,6 +122,15 @@ def beside_benchmark_app(options: argparse.Namespace, known: set[str]) -> Iterat
                     "benchmark_app": theirs,
                     "vinoopt": ours,
                 }
+
+
+def find_benchmark_app() -> str:
+    """The one beside the Python that runs this, which need not be on the PATH, or any other."""
+    beside = sysconfig.get_path("scripts")
+    program = shutil.which("benchmark_app", path=beside) or shutil.which("benchmark_app")
+    if program is None:
+        raise SystemExit("benchmark_app is not installed; it comes with pip install openvino")
+    return program
 
 
 def run_benchmark_app(program: str, ir: Path, mode: MeasureMode, seconds: float) -> dict[str, float]:

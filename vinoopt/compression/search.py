@@ -195,7 +195,7 @@ class _Run:
             ground,
             multiple=self.options.channel_multiple,
             max_pruning=self.options.max_pruning,
-            compare_orders=ROUNDS[self.options.effort] > 1,
+            is_thorough=ROUNDS[self.options.effort] > 1,
             deadline=self.options.deadline,
             say=self.say,
         )

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import openvino as ov
 
 from vinoopt import serde
+from vinoopt.compression.clock import Clock, TimedWidths, two_colours
 from vinoopt.compression.descent import Descent, Ground, Place
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import (
-    RATIOS,
     PruningKit,
-    TimeModel,
-    WidthTimes,
     offered_widths,
     width_damages,
     with_best_orders,
 )
 from vinoopt.records import CompressionPlan, GroupWidth, Trial, TrialState
 
+_RATIOS = (0.25, 0.5)
+"""Shares of channels removed at which blocks are timed."""
 _LEAST_GAIN = 0.02
 """Candidates that differ by less than this share of the predicted time are not both judged."""
 _TIMING_SAMPLES = 4
@@ -50,7 +50,7 @@ class WidthSearch:
         *,
         multiple: int,
         max_pruning: float,
-        compare_orders: bool,
+        is_thorough: bool,
         deadline: float | None,
         say: Callable[[str], None],
     ) -> None:
@@ -58,8 +58,8 @@ class WidthSearch:
         self.kit = kit
         self.ground = ground
         """The best plan without pruning: its recipe and formats are kept."""
-        self.compare_orders = compare_orders
-        """Whether each group's order of leaving is chosen by what it damages."""
+        self.is_thorough = is_thorough
+        """Whether each group's order of leaving is chosen by what it damages, and more widths are timed."""
         self.deadline = deadline
         self.free: frozenset[str] = frozenset()
         """Blocks whose precision the path chooses too."""
@@ -77,15 +77,13 @@ class WidthSearch:
         """Judge candidates; gives sentences for the report."""
         if not self.offers:
             return ["no group of channels is wide enough to be cut in steps that the target likes"]
-        self.say(f"time of the blocks with {', '.join(f'{1 - r:.0%}' for r in RATIOS)} of their channels")
-        times = self._block_times()
+        clock = self._clock()
         self.say(f"damage of {sum(map(len, self.offers.values()))} widths of {len(self.offers)} groups")
-        if self.compare_orders:
+        if self.is_thorough:
             self.kit = with_best_orders(self.kit, self.offers, self._probe, is_late=self._is_late)
         damages = width_damages(self.kit, self.offers, self._probe, is_late=self._is_late)
         if not damages:
             return ["the time limit left none for pruning"]
-        clock = TimeModel(self.kit.coupling, times)
         self.free = self._free_blocks(tables)
 
         def predict(widths: Mapping[str, int], floats: frozenset[str]) -> float:
@@ -170,25 +168,34 @@ class WidthSearch:
 
     # ------------------------------------------------------------------ tables
 
-    def _block_times(self) -> WidthTimes:
+    def _clock(self) -> Clock:
+        """From models in which groups of one colour, or all, have lost a share of their channels."""
         blocks = sorted({layer.name for layer in self.kit.coupling.layers})
-        rows = []
-        for ratio in RATIOS:
-            kept = {
-                group.name: max(round(group.units * (1 - ratio)), 1) for group in self.kit.coupling.groups
-            }
-            plan = serde.replace(self.ground, widths=self.kit.widths(kept))
-            make = partial(self._timed_model, plan)
-            rows.append(self.judge.block_times(plan, make, blocks, kind="rough"))
-        # A block that is not faster with fewer channels is as fast: what is above that is noise.
-        times = {
-            block: tuple(min(row[block] for row in rows[: i + 1]) for i in range(len(rows))) for block in blocks
-        }
-        in_kernels = sum(values[0] for values in times.values())
+        colours = two_colours(self.kit.coupling)
+        every, alone = colours[0] | colours[1], colours if all(colours) else ()
+        cuts = [(every, 0.0), (every, _RATIOS[-1]), *((colour, _RATIOS[-1]) for colour in alone)]
+        if self.is_thorough:
+            cuts += [(cut, ratio) for ratio in _RATIOS[:-1] for cut in (every, *alone)]
+        timed: list[TimedWidths] = []
+        for cut, ratio in cuts:
+            if len(timed) > 1 and self._is_late():
+                break
+            self.say(f"time of the blocks, {len(timed) + 1} of {len(cuts)} widths")
+            timed.append(self._timed(cut, ratio, blocks))
+        in_kernels = sum(timed[0].times_us.values())
         whole = next((t.latency for t in self.judge.trials if t.plan == self.ground), None)
         beyond = 0.0 if whole is None else max(whole.latency_p50_ms * 1e3 - in_kernels, 0.0)
-        shares = tuple(1 - ratio for ratio in RATIOS)
-        return WidthTimes(shares=shares, times=times, overhead_us=beyond / max(len(times), 1))
+        return Clock(self.kit.coupling, timed, colours, overhead_us=beyond / max(len(blocks), 1))
+
+    def _timed(self, cut: frozenset[str], ratio: float, blocks: Sequence[str]) -> TimedWidths:
+        kept = {
+            group.name: max(round(group.units * (1 - ratio)), 1)
+            for group in self.kit.coupling.groups
+            if ratio and group.name in cut
+        }
+        plan = serde.replace(self.ground, widths=self.kit.widths(kept))
+        times = self.judge.block_times(plan, partial(self._timed_model, plan), blocks, kind="rough")
+        return TimedWidths(widths=kept, times_us=times)
 
     def _timed_model(self, plan: CompressionPlan) -> ov.Model:
         """A model with these widths in the ground's formats, fit for a clock only."""

@@ -1,4 +1,4 @@
-"""Widths of pruning groups as choices of the search: which are offered, what each damages, what it saves."""
+"""Widths of pruning groups as choices of the search: which are offered, and what each damages."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from vinoopt.records import GroupWidth, PruningGroup
 Array = npt.NDArray[Any]
 Sample = Mapping[str, Array]
 
-RATIOS = (0.0, 0.25, 0.5)
-"""Shares removed from every group at once, at which blocks are timed; times between are interpolated."""
 MAX_CALLS = 1000
 """Calibration calls that statistics and refit use."""
 MAX_BYTES = 512 << 20
@@ -57,9 +55,7 @@ class PruningKit:
         """Removed and refitted layer by layer on the pruned model's own activations."""
         settings = RefitSettings(seed=self.seed)
         cut = self.cut(widths)
-        return refit_sequential(
-            self.source, cut, self.samples, statistics=self.statistics, settings=settings
-        )
+        return refit_sequential(self.source, cut, self.samples, statistics=self.statistics, settings=settings)
 
     def corrected(self, widths: tuple[GroupWidth, ...], quantized: ov.Model) -> ov.Model:
         """The quantized pruned model with biases moved so that mean outputs are the whole float model's."""
@@ -208,70 +204,3 @@ def _follow(order: UnitOrder, widths: Sequence[int], seen: Mapping[int, float]) 
             scale = math.exp(float(np.interp(width, known, scales)))
             result[width] = float(order.damage[width]) * scale
     return result
-
-
-# --------------------------------------------------------------------------- time
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WidthTimes:
-    """Microseconds of every block when it and its neighbours keep a share of their channels."""
-
-    shares: tuple[float, ...]
-    """Kept, falling from 1."""
-    times: Mapping[str, tuple[float, ...]]
-    """Block -> time at each share."""
-    overhead_us: float = 0.0
-    """What every block costs beyond the time in its kernel: starting it, and waiting for all threads. Only a
-    block that goes altogether saves it, which for small layers is most of what can be saved."""
-
-    def at(self, block: str, share: float) -> float:
-        """Interpolated; below the least share in proportion to it, since less was not timed; nothing at 0."""
-        values = self.times.get(block)
-        if values is None or share == 0:
-            return 0.0
-        if share < self.shares[-1]:
-            return self.overhead_us + values[-1] * share / self.shares[-1]
-        return self.overhead_us + float(np.interp(share, self.shares[::-1], values[::-1]))
-
-
-class TimeModel:
-    """Predicts a model's time at any widths.
-
-    A block that keeps the share a of its inputs and b of its outputs is taken to cost what it cost when both
-    kept sqrt(a b): the number of its multiplications is the same.
-    """
-
-    def __init__(self, coupling: Coupling, times: WidthTimes) -> None:
-        self._times = times
-        self._units = {group.name: group.units for group in coupling.groups}
-        spans = [(coupling.offsets[name], units, name) for name, units in self._units.items()]
-        self._layers = [
-            (layer.name, tuple(_parts(side, spans) for side in (layer.columns, layer.rows) if side.size))
-            for layer in coupling.layers
-        ]
-        self._known: dict[tuple[int, tuple[float, ...]], float] = {}
-
-    def at(self, widths: Mapping[str, int]) -> float:
-        """Microseconds of all blocks where the named groups keep so many units and the others all."""
-        lost = {name: 1.0 - width / self._units[name] for name, width in widths.items()}
-        total = 0.0
-        for index, (name, sides) in enumerate(self._layers):
-            shares = tuple(
-                1.0 - sum(part * lost[group] for group, part in side.items() if group in lost) for side in sides
-            )
-            key = (index, shares)
-            if key not in self._known:
-                share = math.sqrt(max(math.prod(shares), 0.0)) if shares else 1.0
-                self._known[key] = self._times.at(name, 0.0 if share < _TINY else share)
-            total += self._known[key]
-        return total
-
-
-def _parts(units: npt.NDArray[np.int64], spans: Sequence[tuple[int, int, str]]) -> dict[str, float]:
-    """Group -> the share of a layer's channels that are its units."""
-    return {
-        name: count / units.size
-        for offset, length, name in spans
-        if (count := int(np.count_nonzero((units >= offset) & (units < offset + length))))
-    }
