@@ -10,8 +10,9 @@ along either side and along its diagonal, and what lies between is interpolated.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import Counter, deque
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,31 +34,35 @@ class TimedWidths:
     """Block -> microseconds."""
 
 
-def two_colours(coupling: Coupling) -> tuple[frozenset[str], frozenset[str]]:
+def two_colours(coupling: Coupling, times_us: Mapping[str, float]) -> tuple[frozenset[str], frozenset[str]]:
     """Two sets of groups, such that layers mostly read from one and make the other; the second may be empty.
 
-    Exact where the groups' neighbourhood is bipartite, else greedy by the number of layers between two groups.
+    Where no two colours do for every layer (a projection beside a residual branch), those that take little of
+    `times_us`, by block, are left with one colour on both sides: then only cutting both is known.
     """
-    between: Counter[tuple[str, str]] = Counter()
     spans = _spans(coupling)
+    near: dict[str, dict[str, float]] = {group.name: defaultdict(float) for group in coupling.groups}
     for layer in coupling.layers:
         read, made = (_parts(side, spans) for side in (layer.columns, layer.rows))
-        between.update((a, b) for a in read for b in made if a != b)
-    near: dict[str, Counter[str]] = {group.name: Counter() for group in coupling.groups}
-    for (one, other), count in between.items():
-        near[one][other] += count
-        near[other][one] += count
+        for one, other in itertools.product(read, made):
+            if one != other:
+                near[one][other] += times_us[layer.name]
+                near[other][one] += times_us[layer.name]
     colour: dict[str, int] = {}
     for start in near:
-        waiting = deque([start])
-        while waiting:
-            name = waiting.popleft()
-            if name in colour:
-                continue
-            weights = [sum(n for other, n in near[name].items() if colour.get(other) == c) for c in (0, 1)]
-            colour[name] = int(weights[1] < weights[0])
-            waiting.extend(other for other in near[name] if other not in colour)
+        waiting = {start}
+        while waiting := waiting - colour.keys():
+            # The one that what has a colour says most about, so that ties are few.
+            weights = {name: _beside(near[name], colour) for name in sorted(waiting)}
+            name = max(weights, key=lambda n: abs(weights[n][0] - weights[n][1]))
+            colour[name] = int(weights[name][1] < weights[name][0])
+            waiting |= near[name].keys()
     first, second = (frozenset(name for name, c in colour.items() if c == wanted) for wanted in (0, 1))
+    return first, second
+
+
+def _beside(near: Mapping[str, float], colour: Mapping[str, int]) -> tuple[float, float]:
+    first, second = (sum(time for name, time in near.items() if colour.get(name) == c) for c in (0, 1))
     return first, second
 
 
@@ -168,10 +173,13 @@ class _Curve:
         self._times = tuple(np.minimum.accumulate([1.0, *times]))[::-1]
 
     def at(self, work: float) -> float:
-        """Interpolated; below the least work that was timed in proportion to it."""
-        if work < self._work[0]:
-            return float(max(self._times[0] * work / self._work[0], _TINY))
-        return max(float(np.interp(work, self._work, self._times)), _TINY)
+        """Interpolated; below the least work that was timed it falls on as between the last two."""
+        if work >= self._work[0]:
+            return max(float(np.interp(work, self._work, self._times)), _TINY)
+        if len(self._work) == 1:  # this side was never cut
+            return max(work, _TINY)
+        slope = (self._times[1] - self._times[0]) / (self._work[1] - self._work[0])
+        return float(max(self._times[0] - slope * (self._work[0] - work), _TINY))
 
 
 def _sides(layer: Layer) -> tuple[npt.NDArray[np.int64], ...]:

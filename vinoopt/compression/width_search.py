@@ -171,27 +171,28 @@ class WidthSearch:
     def _clock(self) -> Clock:
         """From models in which groups of one colour, or all, have lost a share of their channels."""
         blocks = sorted({layer.name for layer in self.kit.coupling.layers})
-        colours = two_colours(self.kit.coupling)
+        whole = self._timed(frozenset(), 0.0, blocks)
+        colours = two_colours(self.kit.coupling, whole.times_us)
         every, alone = colours[0] | colours[1], colours if all(colours) else ()
-        cuts = [(every, 0.0), (every, _RATIOS[-1]), *((colour, _RATIOS[-1]) for colour in alone)]
+        cuts = [(every, _RATIOS[-1]), *((colour, _RATIOS[-1]) for colour in alone)]
         if self.is_thorough:
             cuts += [(cut, ratio) for ratio in _RATIOS[:-1] for cut in (every, *alone)]
-        timed: list[TimedWidths] = []
-        for cut, ratio in cuts:
-            if len(timed) > 1 and self._is_late():
+        timed = [whole]
+        for number, (cut, ratio) in enumerate(cuts):
+            if number and self._is_late():
                 break
-            self.say(f"time of the blocks, {len(timed) + 1} of {len(cuts)} widths")
+            self.say(f"time of the blocks at other widths, {number + 1} of {len(cuts)}")
             timed.append(self._timed(cut, ratio, blocks))
-        in_kernels = sum(timed[0].times_us.values())
-        whole = next((t.latency for t in self.judge.trials if t.plan == self.ground), None)
-        beyond = 0.0 if whole is None else max(whole.latency_p50_ms * 1e3 - in_kernels, 0.0)
+        latency = next((t.latency for t in self.judge.trials if t.plan == self.ground), None)
+        in_kernels = sum(whole.times_us.values())
+        beyond = 0.0 if latency is None else max(latency.latency_p50_ms * 1e3 - in_kernels, 0.0)
         return Clock(self.kit.coupling, timed, colours, overhead_us=beyond / max(len(blocks), 1))
 
     def _timed(self, cut: frozenset[str], ratio: float, blocks: Sequence[str]) -> TimedWidths:
         kept = {
             group.name: max(round(group.units * (1 - ratio)), 1)
             for group in self.kit.coupling.groups
-            if ratio and group.name in cut
+            if group.name in cut
         }
         plan = serde.replace(self.ground, widths=self.kit.widths(kept))
         times = self.judge.block_times(plan, partial(self._timed_model, plan), blocks, kind="rough")
