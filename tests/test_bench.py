@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import onnx.parser
 import openvino as ov
 import pytest
 from numpy.typing import NDArray
+from openvino import opset13 as ops
 
 from vinoopt.bench import (
     BenchResult,
@@ -27,7 +29,7 @@ from vinoopt.bench import (
     paired_interval,
 )
 from vinoopt.bench.conditions import clock_warnings, evidence_here, round_warnings
-from vinoopt.bench.protocol import planned_rounds
+from vinoopt.bench.protocol import least_requests, planned_rounds
 from vinoopt.errors import DataError, DeviceError, InputError, ModelError
 from vinoopt.records import Evidence, Measurement
 
@@ -245,6 +247,25 @@ def test_throughput_is_inferences_per_second() -> None:
     assert 0 < each.throughput_per_s < 1000  # a millisecond of sleep each, one at a time
 
 
+def test_throughput_of_a_batch_is_samples_per_second_and_its_latency_that_of_a_call() -> None:
+    config = MeasureConfig(mode=MeasureMode.THROUGHPUT, rounds=5, min_round_ms=1, warmup_ms=0)
+    single, many = (
+        measure([replace(_fakes([], 0.002)[0], batch=batch)], SAMPLES, config=config).of("a") for batch in (1, 8)
+    )
+    assert (single.batch, many.batch) == (1, 8)
+    assert single.throughput_per_s < 500 < many.throughput_per_s < 4000  # 2 ms of sleep for each call
+    assert many.latency_p50_ms == single.latency_p50_ms == 1.0  # what the runner says of a call
+
+
+def test_a_turn_holds_enough_requests_to_hide_filling_and_draining() -> None:
+    one = Contestant(name="a", model=FakeRunner("a", []))
+    found = {
+        (batch, requests): least_requests(replace(one, batch=batch, requests=requests))
+        for batch, requests in ((1, None), (8, None), (32, 2), (1, 2), (1, 16))
+    }
+    assert found == {(1, None): 32, (8, None): 4, (32, 2): 16, (1, 2): 32, (1, 16): 128}
+
+
 def test_an_instruction_set_cap_makes_it_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert evidence_here() is Evidence.MEASURED
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
@@ -306,6 +327,29 @@ def test_throughput_of_real_engines(onnx_file: Path, engine: Engine) -> None:
     each = measure([Contestant(name="it", model=onnx_file, engine=engine)], SAMPLES, config=config).of("it")
     assert each.throughput_per_s is not None and each.throughput_per_s > 0
     assert each.samples >= 5 * 32
+
+
+def test_as_many_requests_are_in_flight_as_asked_for() -> None:
+    x = ops.parameter([1, 512], np.float32, name="x")
+    x.output(0).tensor.set_names({"x"})
+    model = ov.Model([ops.matmul(x, np.ones((512, 4096), np.float32), False, False)], [x], "wide")
+    alone = {"NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": "1"}
+    contestants = [
+        Contestant(name=str(count), model=model, properties=alone, is_hinted=False, requests=count)
+        for count in (1, 8)
+    ]
+    config = MeasureConfig(mode=MeasureMode.THROUGHPUT, rounds=5, min_round_ms=5)
+    result = measure(contestants, [{"x": np.ones((1, 512), np.float32)}], config=config)
+    one, eight = result.of("1"), result.of("8")
+    assert eight.latency_p50_ms > 3 * one.latency_p50_ms  # they wait for each other
+
+
+def test_without_a_hint_the_device_gets_its_own_properties_only(onnx_file: Path) -> None:
+    bare = Contestant(name="it", model=onnx_file, properties={"NUM_STREAMS": "2"}, is_hinted=False)
+    assert bare.hinted(MeasureMode.THROUGHPUT) == {"NUM_STREAMS": "2"}
+    hinted = replace(bare, is_hinted=True)
+    assert hinted.hinted(MeasureMode.THROUGHPUT) == {"NUM_STREAMS": "2", "PERFORMANCE_HINT": "THROUGHPUT"}
+    assert replace(hinted, engine=Engine.ONNXRUNTIME, properties={}).hinted(MeasureMode.LATENCY) == {}
 
 
 @pytest.mark.parametrize("engine", list(Engine))

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from vinoopt import bundle, serde
-from vinoopt.bench import Engine, MeasureConfig, measure
+from vinoopt.bench import Engine, MeasureConfig, MeasureMode, measure
 from vinoopt.cli.bench import bench, compare
 from vinoopt.cli.options import milliseconds_from
 from vinoopt.cli.tune import tune
@@ -226,6 +226,38 @@ def test_throughput_is_asked_for_in_benchmark_apps_words() -> None:
     words = ("-hint", "tput", "-nstreams", 1, "-nireq", 2, "-t", 0.5, "--json", "--no-start-up")
     found = _invoke(bench, DEMO.model, *words)
     assert json.loads(found.stdout)["measurements"][0]["throughput_per_s"] > 0
+
+
+def test_without_a_hint_streams_requests_and_threads_count_alone(built: Path) -> None:
+    core = ov.Core()
+    own = RuntimeProperties.of({"NUM_STREAMS": 2, "PERFORMANCE_HINT_NUM_REQUESTS": 3})
+    request = LineupRequest(
+        model=str(built), against=("fp32", str(built), "onnxruntime"), properties=own, is_hinted=False, requests=3
+    )
+    for each in line_up(request).contestants:
+        assert "PERFORMANCE_HINT" not in each.properties
+        assert (each.requests, each.is_hinted) == (3, False)
+        if each.engine is Engine.OPENVINO:
+            asked = each.hinted(MeasureMode.THROUGHPUT)
+            assert asked["NUM_STREAMS"] == "2"
+            assert core.compile_model(each.model, "CPU", asked).get_property("NUM_STREAMS") == 2
+
+
+def test_no_hint_is_asked_for_in_benchmark_apps_words() -> None:
+    """Asynchronous, with one request as with many."""
+    for count in (1, 3):
+        words = ("-hint", "none", "-nstreams", 1, "-nireq", count, "-nthreads", 1)
+        found = json.loads(_invoke(bench, DEMO.model, *words, "-t", 0.3, "--json", "--no-start-up").stdout)
+        assert found["mode"] == "throughput"
+        assert found["measurements"][0]["throughput_per_s"] > 0
+
+
+def test_the_throughput_of_a_batch_counts_its_samples() -> None:
+    words = ("-hint", "tput", "-b", 4, "-t", 0.3, "--json", "--no-start-up")
+    each = json.loads(_invoke(bench, DEMO.model, *words).stdout)["measurements"][0]
+    assert each["batch"] == 4
+    assert each["throughput_per_s"] == pytest.approx(1000 / np.median(each["rounds_ms"]))
+    assert np.median(each["rounds_ms"]) < each["latency_p50_ms"]  # of a sample, and of a call in company
 
 
 def test_a_model_that_became_slower_fails_the_gate() -> None:

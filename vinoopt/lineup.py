@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,8 +37,8 @@ from vinoopt.tuning import TuneTask
 SAMPLES = 64
 """Fresh inputs that requests cycle through."""
 SUBSET_SIZE = 300
-_PRECISION = "INFERENCE_PRECISION_HINT"
-_FOR_ALL = ("PERFORMANCE_HINT", "NUM_STREAMS", "INFERENCE_NUM_THREADS", "PERFORMANCE_HINT_NUM_REQUESTS")
+_PRECISION, _HINT = "INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT"
+_FOR_ALL = (_HINT, "NUM_STREAMS", "INFERENCE_NUM_THREADS", "PERFORMANCE_HINT_NUM_REQUESTS")
 """Properties of a request that all contestants get; the others are the main model's own."""
 
 
@@ -51,6 +51,10 @@ class LineupRequest(Record):
     """`fp32`, `bf16`, `int8` (plain `nncf.quantize`), `onnxruntime`, or a path like `model`."""
     device: str = "CPU"
     properties: RuntimeProperties = RuntimeProperties()
+    is_hinted: bool = True
+    """False: no contestant gets a `PERFORMANCE_HINT`, not even that of a bundle."""
+    requests: int | None = Field(default=None, ge=1)
+    """In flight where throughput is measured; None: as many as the device likes."""
     data: str | None = None
     preprocess: tuple[PreprocessSpec, ...] = ()
     shape: str | None = None
@@ -100,6 +104,10 @@ def line_up(request: LineupRequest) -> Lineup:
     for word in dict.fromkeys(request.against):
         build = _REFERENCES.get(word, _path_reference)
         contestants.append(build(request, main, word, samples))
+    contestants = [
+        replace(each, is_hinted=request.is_hinted, requests=request.requests, batch=request.batch or 1)
+        for each in contestants
+    ]
     messages = samples.messages
     if main.preprocess and any(each.engine is Engine.ONNXRUNTIME for each in contestants):
         messages += ("preprocessing is inside the clock of the models that embed it, and outside for onnxruntime",)
@@ -131,6 +139,8 @@ def _from_bundle(request: LineupRequest, path: Path) -> _Main:
     folder = path / result.target.slug
     own = json.loads((folder / "runtime.json").read_text(encoding="utf-8"))
     asked: CompileRequest = bundle.manifest.request
+    if not request.is_hinted:
+        own.pop(_HINT, None)
     contestant = Contestant(
         name=path.name,
         model=folder / "model.xml",
@@ -309,6 +319,7 @@ def _path_reference(request: LineupRequest, main: _Main, word: str, samples: _Sa
         model=word,
         device=request.device,
         properties=RuntimeProperties.of(_common(request)),
+        is_hinted=request.is_hinted,
         preprocess=main.preprocess if is_onnx else (),
         shape=main.shape if is_onnx else None,
     )

@@ -444,6 +444,8 @@ class Measurement(Record):
     samples: int = 0
     rounds_ms: tuple[float, ...] = ()
     """Median latency of each interleaved round."""
+    batch: int = 1
+    """Samples of one call, where throughput and its rounds are counted per sample; latencies are of calls."""
     compile_ms: float | None = None
     first_inference_ms: float | None = None
     cached_compile_ms: float | None = None

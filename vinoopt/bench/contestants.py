@@ -75,6 +75,17 @@ class Contestant:
     properties: Mapping[str, str] = field(default_factory=dict)
     engine: Engine = Engine.OPENVINO
     samples: Sequence[Sample] | None = None
+    is_hinted: bool = True
+    """False: no `PERFORMANCE_HINT` but one of its own properties, whatever the mode."""
+    requests: int | None = None
+    """In flight in throughput mode; None: as many as the device calls optimal."""
+    batch: int = 1
+    """Samples of one request, by which throughput mode divides its times."""
+
+    def hinted(self, mode: MeasureMode) -> dict[str, str]:
+        """The properties to compile with, the mode's hint among them unless they name their own or want none."""
+        hint = {"PERFORMANCE_HINT": mode.name} if self.is_hinted and self.engine is Engine.OPENVINO else {}
+        return {**hint, **self.properties}
 
 
 def open_runner(contestant: Contestant, *, mode: MeasureMode = MeasureMode.LATENCY) -> Runner:
@@ -106,6 +117,7 @@ class _OpenVinoRunner:
         self._compiled = compiled
         self._ports = [_Port.of(port) for port in compiled.inputs]
         self._request = compiled.create_infer_request()
+        self._in_flight = contestant.requests
         self._ring: list[ov.InferRequest] = []
         self._tensors: list[dict[int, ov.Tensor]] = []
 
@@ -151,7 +163,7 @@ class _OpenVinoRunner:
         return tuple(latencies)
 
     def _make_ring(self) -> list[ov.InferRequest]:
-        count = max(int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")), 1)
+        count = self._in_flight or max(int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")), 1)
         return [self._compiled.create_infer_request() for _ in range(count)]
 
 
@@ -180,10 +192,10 @@ class _OnnxRuntimeRunner:
         )
         threads = int(contestant.properties.get("INFERENCE_NUM_THREADS", 0))
         cores = psutil.cpu_count(logical=False) or 1
-        is_stream = mode is MeasureMode.THROUGHPUT
+        is_stream = mode is MeasureMode.THROUGHPUT and contestant.requests != 1
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1 if is_stream else threads
-        self._requests = threads or cores
+        self._requests = contestant.requests or threads or cores
         self._name, self.device = contestant.name, "CPU"
         self.size_bytes: int | None = contestant.model.stat().st_size if contestant.model.is_file() else None
         start = time.perf_counter_ns()
@@ -253,7 +265,7 @@ _ONNX_DTYPES: dict[str, np.dtype[Any]] = {
 
 def _compiled(contestant: Contestant, model: ov.Model | Path, mode: MeasureMode) -> Runner:
     core = ov.Core()
-    properties = {"PERFORMANCE_HINT": mode.name, **contestant.properties}
+    properties = contestant.hinted(mode)
     where = f"{contestant.name} ({contestant.device})"
     start = time.perf_counter_ns()
     if isinstance(model, Path) and not model.is_file():

@@ -24,7 +24,9 @@ MAX_PER_TURN = 20_000
 SETTLE_SHARE = 0.1
 """Part of a turn that is run untimed first: the contestant before it took the caches."""
 REQUESTS_TO_FILL = 32
-"""A throughput turn runs at least so many inferences, so that filling and draining the queue hardly count."""
+"""A throughput turn runs at least so many samples, so that filling and draining the queue hardly count."""
+WAVES = 8
+"""For the same reason, so many times the requests in flight where a contestant names them."""
 
 
 class MeasureConfig(Record):
@@ -80,6 +82,7 @@ class _Racer:
     name: str
     runner: Runner
     samples: int
+    batch: int
     first_ms: float = 0.0
     start_up: StartUp | None = None
     warnings: tuple[str, ...] = ()
@@ -99,8 +102,9 @@ def measure(
 
     `samples` are real inputs; each request takes the next one, and in a given round all contestants start at
     the same. Latency mode runs one synchronous request at a time; a round's figure is its median in ms.
-    Throughput mode keeps the device's optimal number of requests in flight; a round's figure is ms per
-    inference. Contestants share a process: what their start takes is told apart only with `start_up`.
+    Throughput mode keeps the device's optimal number of requests in flight, or as many as a contestant asks
+    for; a round's figure is ms per inference, and with a `batch` ms per sample of it. Contestants share a
+    process: what their start takes is told apart only with `start_up`.
     Raises `InputError` and its kin for contestants or samples that cannot be used, `DeviceError` where
     OpenVINO cannot compile or run one.
     """
@@ -169,20 +173,26 @@ def _ready(contestant: Contestant, common: Sequence[Sample], config: MeasureConf
     runner = open_runner(contestant, mode=config.mode)
     samples = common if contestant.samples is None else contestant.samples
     runner.load(samples)
-    racer = _Racer(name=contestant.name, runner=runner, samples=len(samples))
+    racer = _Racer(name=contestant.name, runner=runner, samples=len(samples), batch=contestant.batch)
     racer.first_ms = _timed(runner, 0)
     times = [_timed(runner, index % racer.samples) for index in (1, 2)]
     while sum(times) < config.warmup_ms:
         times.append(_timed(runner, len(times) % racer.samples))
+    least = 1
     if config.mode is MeasureMode.THROUGHPUT:
-        filling = [index % racer.samples for index in range(REQUESTS_TO_FILL)]
+        least = least_requests(contestant)
+        filling = [index % racer.samples for index in range(least)]
         start = time.perf_counter_ns()
         runner.stream(filling)
         times = [(time.perf_counter_ns() - start) / 1e6 / len(filling)]
     typical = float(np.median(times))
-    least = REQUESTS_TO_FILL if config.mode is MeasureMode.THROUGHPUT else 1
     racer.per_turn = min(max(math.ceil(config.min_round_ms / max(typical, 1e-4)), least), MAX_PER_TURN)
     return racer
+
+
+def least_requests(contestant: Contestant) -> int:
+    """How many requests a turn of throughput mode holds at least."""
+    return max(math.ceil(REQUESTS_TO_FILL / contestant.batch), WAVES * (contestant.requests or 0))
 
 
 def _take_turn(racer: _Racer, round_number: int, mode: MeasureMode) -> None:
@@ -196,7 +206,7 @@ def _take_turn(racer: _Racer, round_number: int, mode: MeasureMode) -> None:
     else:
         start = time.perf_counter_ns()
         times = list(racer.runner.stream(indices))
-        racer.rounds_ms.append((time.perf_counter_ns() - start) / 1e6 / len(indices))
+        racer.rounds_ms.append((time.perf_counter_ns() - start) / 1e6 / (len(indices) * racer.batch))
     racer.latencies_ms.extend(times)
 
 
@@ -219,6 +229,7 @@ def _measurement(racer: _Racer, mode: MeasureMode, evidence: Evidence) -> Measur
         throughput_per_s=1000 / float(np.median(racer.rounds_ms)) if is_stream else None,
         samples=len(racer.latencies_ms),
         rounds_ms=tuple(racer.rounds_ms),
+        batch=racer.batch,
         **_start_figures(racer),
         size_bytes=racer.runner.size_bytes,
         warnings=(*racer.warnings, *round_warnings(racer.name, racer.rounds_ms)),

@@ -49,7 +49,7 @@ def start_up(contestant: Contestant, sample: Sample, *, mode: MeasureMode) -> St
             "name": contestant.name,
             "model": str(path.resolve()),
             "device": contestant.device,
-            "properties": _properties(contestant, mode),
+            "properties": contestant.hinted(mode),
             "engine": contestant.engine.value,
             "sample": str(inputs),
         }
@@ -77,9 +77,3 @@ def _as_file(model: ov.Model | Path, folder: Path) -> Path:
     path = folder / "model.xml"
     ov.save_model(model, path, compress_to_fp16=False)
     return path
-
-
-def _properties(contestant: Contestant, mode: MeasureMode) -> dict[str, str]:
-    """With the hint that the contestant would get; ONNX Runtime knows none."""
-    hint = {"PERFORMANCE_HINT": mode.name} if contestant.engine is Engine.OPENVINO else {}
-    return {**hint, **contestant.properties}

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 SLOWER = 3
 """Exit code where `--fail-below` is not met."""
-_HINTS = {
+_HINTS: dict[str, str | None] = {
     "latency": "LATENCY",
     "throughput": "THROUGHPUT",
     "tput": "THROUGHPUT",
     "cumulative_throughput": "CUMULATIVE_THROUGHPUT",
     "ctput": "CUMULATIVE_THROUGHPUT",
+    "none": None,
 }
 
 
@@ -37,10 +38,12 @@ _OPTIONS = (
     click.option("-d", "--device", default="CPU", show_default=True, help="Device, or a bundle's target."),
     click.option(
         "--hint", "-hint", type=click.Choice(list(_HINTS)), default="latency", show_default=True,
-        help="Measure one request at a time, or as many in flight as the device likes.",
+        help="Measure one request at a time, or as many in flight as the device likes; none: in flight, without a "
+        "performance hint, so that --nstreams, --nireq and --nthreads count alone.",
     ),
     click.option("--nstreams", "-nstreams", help="NUM_STREAMS."),
-    click.option("--nireq", "-nireq", type=click.IntRange(1), help="Requests the throughput hint plans for."),
+    click.option("--nireq", "-nireq", type=click.IntRange(1),
+                 help="Requests in flight, which a hint plans for."),
     click.option("--nthreads", "-nthreads", type=click.IntRange(1), help="INFERENCE_NUM_THREADS."),
     click.option("--infer-precision", "-infer_precision", help="INFERENCE_PRECISION_HINT of the model."),
     click.option("-t", "--seconds", type=click.FloatRange(min=0.1), default=15.0, show_default=True,
@@ -48,7 +51,7 @@ _OPTIONS = (
     click.option("--start-up/--no-start-up", default=True, show_default=True,
                  help="Open each model in fresh processes too: compile time cold and cached, peak memory."),
     click.option("--shape", "-shape", help='Input shapes, as "x[1,3,224,224]".'),
-    click.option("-b", "--batch", type=click.IntRange(1), help="Batch size."),
+    click.option("-b", "--batch", type=click.IntRange(1), help="Batch size; throughput then counts samples."),
     click.option("--data", "-i", help="Real inputs: npz, npy, or a folder. Without: golden or random inputs."),
     preprocess_options,
     click.option("--allow-code", is_flag=True, help="Let --data import module:attribute."),
@@ -255,6 +258,8 @@ def _request(model: str, against: tuple[str, ...], *, hint: str, **options: Any)
         against=against,
         device=options["device"],
         properties=RuntimeProperties.of(given),
+        is_hinted=_HINTS[hint] is not None,
+        requests=None if hint == "latency" else options["nireq"],
         data=options["data"],
         preprocess=preprocess_from(options),
         shape=options["shape"],
