@@ -114,8 +114,8 @@ def judge_in(folder: Path, *, max_drop: float) -> Judge:
 def found_by(judge: Judge, widths: Mapping[float, int]) -> SearchResult:
     """A search that knows a narrower model for each of these shares of the time."""
 
-    def beyond(share: float) -> CompressionPlan | None:
-        return next((pruned(kept) for least, kept in widths.items() if share >= least), None)
+    def beyond(share: float) -> tuple[CompressionPlan, ...]:
+        return tuple(pruned(kept) for least, kept in widths.items() if share >= least)[:1]
 
     return SearchResult(trials=tuple(judge.trials), damages={}, gains_us={}, reasons=("searched",), beyond=beyond)
 
@@ -190,7 +190,6 @@ def test_the_deadline_ends_the_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="on the demo model the search hands distillation no candidate yet")
 def test_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "STAGE_S", 20.0)
     monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path / "cache"))
@@ -208,6 +207,8 @@ def test_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         output=tmp_path / "out",
     )
     (result,) = bundle.manifest.targets
+    if any("was faster when timed" in reason for reason in result.reasons):
+        pytest.skip("on this machine, at this time, no narrower model was faster than plain INT8")
     assert any("distill" in reason for reason in result.reasons)
     assert result.budget_met
     trials = (bundle.path / "trials.jsonl").read_text(encoding="utf-8").splitlines()

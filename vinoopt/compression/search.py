@@ -27,9 +27,9 @@ from vinoopt.compression.width_search import BlockTables, WidthSearch
 from vinoopt.compression.widths import prepare
 from vinoopt.records import CompressionPlan, Trial, TrialState
 
-Beyond: TypeAlias = Callable[[float], CompressionPlan | None]
-"""From a share of the time of the best plan without pruning to the least damaging plan that is predicted to take no
-more; None where there is none."""
+Beyond: TypeAlias = Callable[[float], tuple[CompressionPlan, ...]]
+"""From a share of the time of the best plan without pruning to plans of little damage that are predicted to take no
+more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -64,6 +64,8 @@ class WidthSearch:
         self.free: frozenset[str] = frozenset()
         """Blocks whose precision the path chooses too."""
         self.path: Descent | None = None
+        self.depth_path: Descent | None = None
+        """Lets whole branches go and nothing else."""
         self.ground_us = 0.0
         """Predicted time of `ground`."""
         self.say = say
@@ -89,17 +91,21 @@ class WidthSearch:
         def predict(widths: Mapping[str, int], floats: frozenset[str]) -> float:
             return clock.at(widths) + sum(max(tables.gains_us.get(name, 0.0), 0.0) for name in floats)
 
-        path = Descent(
-            Ground(
-                units={group.name: group.units for group in self.kit.coupling.groups},
-                damages=damages,
-                block_damages={name: tables.damages[name] for name in self.free},
-                floats=self.free,
-            ),
-            predict=predict,
-            probe=lambda widths: self._probe(self.kit.widths(widths)),
-            is_late=self._is_late,
-        )
+        def descent(damages: Mapping[str, Mapping[int, float]]) -> Descent:
+            return Descent(
+                Ground(
+                    units={group.name: group.units for group in self.kit.coupling.groups},
+                    damages=damages,
+                    block_damages={name: tables.damages[name] for name in self.free},
+                    floats=self.free,
+                ),
+                predict=predict,
+                probe=lambda widths: self._probe(self.kit.widths(widths)),
+                is_late=self._is_late,
+            )
+
+        path = descent(damages)
+        self.depth_path = descent({name: {0: known[0]} for name, known in damages.items() if 0 in known})
         recipe = self.ground.quantization
         floats = frozenset() if recipe is None else self.free & set(recipe.float_layers)
         self.path, self.ground_us = path, predict({}, floats)
@@ -156,15 +162,15 @@ class WidthSearch:
                 return index if path.places[index].time_us < below_us else None
         return index
 
-    def beyond(self, share: float) -> CompressionPlan | None:
-        """The plan with the least damage that is predicted to take this share of the ground's time, or less."""
-        if self.path is None:
-            return None
+    def beyond(self, share: float) -> tuple[CompressionPlan, ...]:
+        """Plans that are predicted to take this share of the ground's time, or less, with little damage.
+
+        One from the path, one from a path that only lets whole branches go. A branch that goes saves what no
+        narrower one does, the start of its layers, and a network that is trained on learns to do without it.
+        """
         self.deadline = None  # the search may be over by now; who asks has time of his own
-        while self.path.places[-1].time_us > share * self.ground_us:
-            if self.path.extend() is None:
-                return None
-        return self._plan(next(p for p in self.path.places if p.time_us <= share * self.ground_us))
+        places = [_first_below(path, share * self.ground_us) for path in (self.path, self.depth_path) if path]
+        return tuple(dict.fromkeys(self._plan(place) for place in places if place is not None))
 
     # ------------------------------------------------------------------ tables
 
@@ -243,6 +249,8 @@ class WidthSearch:
         tried = [t for t in self.judge.trials if t.plan.widths and t.state is TrialState.OVER_BUDGET]
         if best is not None and best.latency is not None and ground is not None and ground.latency is not None:
             gain = ground.latency.latency_p50_ms / best.latency.latency_p50_ms
+            if gain <= 1:
+                return f"pruning buys nothing: {best.note} is inside the budget, but {gain:.2f}x as fast as before"
             return f"pruning on top of {self.ground.title}: {gain:.2f}x ({best.note})"
         if not tried:
             return "no pruned candidate could be built in time"
@@ -254,3 +262,11 @@ class WidthSearch:
 
     def _is_late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def _first_below(path: Descent, time_us: float) -> Place | None:
+    """The first place that is predicted to take so long, or less; None where the path does not reach it."""
+    while path.places[-1].time_us > time_us:
+        if path.extend() is None:
+            return None
+    return next(place for place in path.places if place.time_us <= time_us)

@@ -145,9 +145,7 @@ class _Stage:
         plain = [plan for plan in over if plan.quantization is not None and not plan.widths]
         chosen: list[CompressionPlan] = []
         for share in self._shares(best):
-            plan = None if self.found.beyond is None else self.found.beyond(share)
-            if plan is not None:
-                chosen.append(plan)
+            chosen += () if self.found.beyond is None else self.found.beyond(share)
         known = {t.plan for t in self.judge.trials if t.state is TrialState.COMPLETE}
         return [plan for plan in dict.fromkeys([*plain[:1], *chosen]) if plan not in known]
 
