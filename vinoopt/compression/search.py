@@ -29,7 +29,7 @@ from vinoopt.records import CompressionPlan, Trial, TrialState
 
 Beyond: TypeAlias = Callable[[float], tuple[CompressionPlan, ...]]
 """From a share of the time of the best plan without pruning to plans of little damage that are predicted to take no
-more."""
+more, the most promising to train first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

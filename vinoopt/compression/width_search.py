@@ -12,6 +12,7 @@ import openvino as ov
 
 from vinoopt import serde
 from vinoopt.compression.clock import Clock, TimedWidths, two_colours
+from vinoopt.compression.depth import lightest_subsets
 from vinoopt.compression.descent import Descent, Ground, Place
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.quantize import quantize
@@ -27,6 +28,8 @@ _RATIOS = (0.25, 0.5)
 """Shares of channels removed at which blocks are timed."""
 _LEAST_GAIN = 0.02
 """Candidates that differ by less than this share of the predicted time are not both judged."""
+_SHALLOWER = 2
+"""Plans that let branches go, for each share of time that is asked for."""
 _TIMING_SAMPLES = 4
 """Calibration calls for models that are only timed."""
 
@@ -64,8 +67,9 @@ class WidthSearch:
         self.free: frozenset[str] = frozenset()
         """Blocks whose precision the path chooses too."""
         self.path: Descent | None = None
-        self.depth_path: Descent | None = None
-        """Lets whole branches go and nothing else."""
+        self.clock: Clock | None = None
+        self.damages: Mapping[str, Mapping[int, float]] = {}
+        """Group -> width -> damage of this width alone."""
         self.ground_us = 0.0
         """Predicted time of `ground`."""
         self.say = say
@@ -86,26 +90,23 @@ class WidthSearch:
         damages = width_damages(self.kit, self.offers, self._probe, is_late=self._is_late)
         if not damages:
             return ["the time limit left none for pruning"]
+        self.clock, self.damages = clock, damages
         self.free = self._free_blocks(tables)
 
         def predict(widths: Mapping[str, int], floats: frozenset[str]) -> float:
             return clock.at(widths) + sum(max(tables.gains_us.get(name, 0.0), 0.0) for name in floats)
 
-        def descent(damages: Mapping[str, Mapping[int, float]]) -> Descent:
-            return Descent(
-                Ground(
-                    units={group.name: group.units for group in self.kit.coupling.groups},
-                    damages=damages,
-                    block_damages={name: tables.damages[name] for name in self.free},
-                    floats=self.free,
-                ),
-                predict=predict,
-                probe=lambda widths: self._probe(self.kit.widths(widths)),
-                is_late=self._is_late,
-            )
-
-        path = descent(damages)
-        self.depth_path = descent({name: {0: known[0]} for name, known in damages.items() if 0 in known})
+        path = Descent(
+            Ground(
+                units={group.name: group.units for group in self.kit.coupling.groups},
+                damages=damages,
+                block_damages={name: tables.damages[name] for name in self.free},
+                floats=self.free,
+            ),
+            predict=predict,
+            probe=lambda widths: self._probe(self.kit.widths(widths)),
+            is_late=self._is_late,
+        )
         recipe = self.ground.quantization
         floats = frozenset() if recipe is None else self.free & set(recipe.float_layers)
         self.path, self.ground_us = path, predict({}, floats)
@@ -165,12 +166,24 @@ class WidthSearch:
     def beyond(self, share: float) -> tuple[CompressionPlan, ...]:
         """Plans that are predicted to take this share of the ground's time, or less, with little damage.
 
-        One from the path, one from a path that only lets whole branches go. A branch that goes saves what no
-        narrower one does, the start of its layers, and a network that is trained on learns to do without it.
+        Those that let whole branches go come first: they save what no narrower branch does, the start of its layers,
+        and a network that is trained on learns to do without them. The path's plan is the last.
         """
         self.deadline = None  # the search may be over by now; who asks has time of his own
-        places = [_first_below(path, share * self.ground_us) for path in (self.path, self.depth_path) if path]
-        return tuple(dict.fromkeys(self._plan(place) for place in places if place is not None))
+        plans = [serde.replace(self.ground, widths=self.kit.widths(each)) for each in self._shallower(share)]
+        if self.path is not None and (place := _first_below(self.path, share * self.ground_us)) is not None:
+            plans.append(self._plan(place))
+        return tuple(dict.fromkeys(plans))
+
+    def _shallower(self, share: float) -> list[dict[str, int]]:
+        """Widths of 0 for branches whose damages, of each alone, are the least that save so much."""
+        damages = {n: known[0] for n, known in self.damages.items() if math.isfinite(known.get(0, math.inf))}
+        if self.clock is None:
+            return []
+        whole = self.clock.at({})
+        savings = {name: whole - self.clock.at({name: 0}) for name in damages}
+        need = (1.0 - share) * self.ground_us
+        return [dict.fromkeys(names, 0) for names in lightest_subsets(damages, savings, need, count=_SHALLOWER)]
 
     # ------------------------------------------------------------------ tables
 

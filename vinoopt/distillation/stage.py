@@ -32,6 +32,8 @@ RUNG_SHARES = (0.25, 0.25, 0.5)
 _LEAST_STEPS, _STEP_QUANTUM = 50, 50
 _JUDGING_S = 10.0
 """Kept free at the end of a time limit."""
+_AT_EACH_SPEED = 2
+"""Of the plans that the search would go on to, beyond the first speed."""
 _LARGE = 3 * 96 * 96
 """Values of one sample's inputs from which on a step has fewer samples, so that there are enough steps."""
 
@@ -145,7 +147,8 @@ class _Stage:
         plain = [plan for plan in over if plan.quantization is not None and not plan.widths]
         chosen: list[CompressionPlan] = []
         for share in self._shares(best):
-            chosen += () if self.found.beyond is None else self.found.beyond(share)
+            plans = () if self.found.beyond is None else self.found.beyond(share)
+            chosen += plans if not chosen else plans[:_AT_EACH_SPEED]
         known = {t.plan for t in self.judge.trials if t.state is TrialState.COMPLETE}
         return [plan for plan in dict.fromkeys([*plain[:1], *chosen]) if plan not in known]
 
