@@ -258,9 +258,8 @@ def test_throughput_of_a_batch_is_samples_per_second_and_its_latency_that_of_a_c
 
 
 def test_a_turn_holds_enough_requests_to_hide_filling_and_draining() -> None:
-    one = Contestant(name="a", model=FakeRunner("a", []))
     found = {
-        (batch, requests): least_requests(replace(one, batch=batch, requests=requests))
+        (batch, requests): least_requests(requests, batch=batch)
         for batch, requests in ((1, None), (8, None), (32, 2), (1, 2), (1, 16))
     }
     assert found == {(1, None): 32, (8, None): 4, (32, 2): 16, (1, 2): 32, (1, 16): 128}

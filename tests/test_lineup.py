@@ -305,6 +305,18 @@ def test_the_model_is_given_once() -> None:
     assert _invoke(tune).exit_code == 2
 
 
+def test_a_bundle_keeps_its_batch_and_is_told_a_better_one(built: Path) -> None:
+    place = built / Target.parse("host:CPU").slug / "runtime.json"
+    before = place.read_text()
+    found = _invoke(tune, built, "--goal", "throughput", "--batch", "auto", "-t", 1, "--json")
+    whole = json.loads(found.stdout)
+    assert {each["batch"] for each in whole["trials"]} == {None, 2}  # three golden calls fill one of two
+    assert whole["trials"][-1]["batch"] is None
+    assert whole["batched"] is None or whole["batched"]["batch"] == 2
+    assert "batch 4 was not tried: there are 3 samples" in found.stderr
+    assert place.read_text() == before
+
+
 def test_tune_writes_properties_that_compile(tmp_path: Path) -> None:
     output = tmp_path / "runtime.json"
     found = _invoke(

@@ -344,7 +344,7 @@ def test_a_race_on_the_real_device(samples: list[Sample], tmp_path: Path) -> Non
     (name,) = optuna.study.get_all_study_names(f"sqlite:///{storage}")
     kept = optuna.load_study(study_name=name, storage=f"sqlite:///{storage}")
     assert kept.best_value >= 0
-    assert {each.properties for each in seen} == set(Study(storage, name, axes("CPU", is_stream=False)).known)
+    assert {each.setting for each in seen} == set(Study(storage, name, axes("CPU", is_stream=False)).known)
 
 
 # --------------------------------------------------------------------------- database
@@ -406,7 +406,7 @@ def test_trials_are_found_again_under_their_key(tmp_path: Path) -> None:
     study.tell(_trial(0.5, SettingState.OVER_LIMIT, B="3"))
     study.tell(SettingTrial(properties=RuntimeProperties.of({"B": "2"}), state=SettingState.FAILED, reason="no"))
     again = Study(path, "k", SPACE)
-    assert again.closed[trial.properties] == trial
+    assert again.closed[trial.setting] == trial
     assert len(again.closed) == 3
     assert not Study(path, "other", SPACE).known
 

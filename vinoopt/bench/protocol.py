@@ -180,7 +180,7 @@ def _ready(contestant: Contestant, common: Sequence[Sample], config: MeasureConf
         times.append(_timed(runner, len(times) % racer.samples))
     least = 1
     if config.mode is MeasureMode.THROUGHPUT:
-        least = least_requests(contestant)
+        least = least_requests(contestant.requests, batch=contestant.batch)
         filling = [index % racer.samples for index in range(least)]
         start = time.perf_counter_ns()
         runner.stream(filling)
@@ -190,9 +190,9 @@ def _ready(contestant: Contestant, common: Sequence[Sample], config: MeasureConf
     return racer
 
 
-def least_requests(contestant: Contestant) -> int:
+def least_requests(in_flight: int | None, *, batch: int) -> int:
     """How many requests a turn of throughput mode holds at least."""
-    return max(math.ceil(REQUESTS_TO_FILL / contestant.batch), WAVES * (contestant.requests or 0))
+    return max(math.ceil(REQUESTS_TO_FILL / batch), WAVES * (in_flight or 0))
 
 
 def _take_turn(racer: _Racer, round_number: int, mode: MeasureMode) -> None:

@@ -12,7 +12,13 @@ from vinoopt.cli.options import milliseconds_from, preprocess_from, preprocess_o
 if TYPE_CHECKING:
     from vinoopt.tuning import SettingTrial, TuneResult
 
+AUTO = "auto"
 _GOALS = {"latency": "latency", "throughput": "throughput", "tput": "throughput"}
+
+
+def _batch(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    """A number of samples per call, or `auto`; a usage error otherwise."""
+    return value if value in (None, AUTO) else int(click.IntRange(1)(value, param, ctx))
 
 
 @click.command("tune")
@@ -31,7 +37,13 @@ _GOALS = {"latency": "latency", "throughput": "throughput", "tput": "throughput"
 @click.option("--min-agreement", type=float, default=0.99, show_default=True, help="Of the top class.")
 @click.option("--profile", help="Hardware profile whose values to try; default: the one that fits this machine.")
 @click.option("--shape", "-shape", help='Input shapes, as "x[1,3,224,224]".')
-@click.option("-b", "--batch", type=click.IntRange(1), help="Batch size.")
+@click.option(
+    "-b",
+    "--batch",
+    callback=_batch,
+    metavar="N|auto",
+    help="Batch size. auto: try others too, for throughput; the model stays as it is, the best batch is told.",
+)
 @click.option("--data", help="Real inputs: npz, npy, or a folder.")
 @preprocess_options
 @click.option("--allow-code", is_flag=True, help="Let --data import module:attribute.")
@@ -53,16 +65,21 @@ def tune(model: str | None, model_option: str | None, **options: Any) -> None:
         raise click.UsageError("give the model once: as MODEL, or with -m")
     from vinoopt import tuning
 
+    goal = tuning.Goal(_GOALS[options["goal"]])
+    is_auto = options["batch"] == AUTO
+    if is_auto and goal is tuning.Goal.LATENCY:
+        raise click.UsageError("--batch auto looks for throughput: give --goal throughput with it")
     limit = options["latency_limit"]
     limit_ms = None if limit is None else milliseconds_from(limit, "--latency-limit")
     task, base, messages = _task(model or model_option or "", **options)
     config = tuning.TuneConfig(
-        goal=tuning.Goal(_GOALS[options["goal"]]),
+        goal=goal,
         latency_limit_ms=limit_ms,
         base=base,
         min_cosine=options["min_cosine"],
         min_agreement=options["min_agreement"],
         seconds=options["seconds"],
+        batches=tuning.BATCHES if is_auto else (),
     )
     for message in messages:
         click.echo(message, err=True)
@@ -71,7 +88,10 @@ def tune(model: str | None, model_option: str | None, **options: Any) -> None:
         click.echo(warning, err=True)
     if options["output"] is not None:
         options["output"].write_text(properties_json(result) + "\n", encoding="utf-8")
-    click.echo(result.model_dump_json(indent=2) if options["as_json"] else to_text(result))
+    if options["as_json"]:
+        click.echo(result.model_dump_json(indent=2))
+    else:
+        click.echo(to_text(result) + (f"\n{batch_text(result)}" if is_auto else ""))
 
 
 def _task(model: str, **options: Any) -> Any:
@@ -86,7 +106,7 @@ def _task(model: str, **options: Any) -> Any:
         data=options["data"],
         preprocess=preprocess_from(options),
         shape=options["shape"],
-        batch=options["batch"],
+        batch=None if options["batch"] == AUTO else options["batch"],
         allow_code=options["allow_code"],
     )
     word = options["device"].partition(".")[0]
@@ -99,7 +119,7 @@ def _task(model: str, **options: Any) -> Any:
 
 
 def _show(trial: SettingTrial) -> None:
-    setting = " ".join(f"{key}={value}" for key, value in trial.properties.items) or "default"
+    setting = trial.setting.name or "default"
     click.echo(f"{trial.state!s:<10} {setting}{f': {trial.reason}' if trial.reason else ''}", err=True)
 
 
@@ -120,3 +140,20 @@ def to_text(result: TuneResult) -> str:
         else sentence(result.comparison)
     )
     return f"{properties_json(result)}\n{verdict}"
+
+
+def batch_text(result: TuneResult) -> str:
+    """The batch that brings more samples per second, what it gains and costs, and the properties at it."""
+    import json
+
+    from vinoopt.cli.bench import sentence
+
+    choice = result.batched
+    if choice is None:
+        return "batch: the model's own; no other was shown to bring more samples per second"
+    per_s, p90 = choice.measurement.throughput_per_s, choice.measurement.latency_p90_ms
+    return (
+        f"batch: {choice.batch} (the model keeps its own; for these properties compile it at this batch)\n"
+        f"{json.dumps(choice.properties.as_dict(), indent=2)}\n"
+        f"in samples, {sentence(choice.comparison)}: {per_s or 0:.4g} per s, p90 {p90 or 0:.3g} ms per call"
+    )

@@ -15,7 +15,7 @@ from vinoopt import serde
 from vinoopt.errors import InputError
 from vinoopt.records import RuntimeProperties
 from vinoopt.tuning.settings import Values
-from vinoopt.tuning.trials import FINAL_STATES, SettingState, SettingTrial
+from vinoopt.tuning.trials import FINAL_STATES, Setting, SettingState, SettingTrial
 
 BY_DEFAULT = ""
 """Value of a property that a setting leaves alone."""
@@ -57,13 +57,13 @@ class Study:
                 direction="maximize",
                 load_if_exists=True,
             )
-        self.known: dict[RuntimeProperties, SettingTrial] = {}
+        self.known: dict[Setting, SettingTrial] = {}
         self._suggested: list[RuntimeProperties] = []
         self._given: set[RuntimeProperties] = set()
         for each in self._study.get_trials(deepcopy=False):
             if _TRIAL in each.user_attrs:
                 trial = serde.from_mapping(SettingTrial, json.loads(each.user_attrs[_TRIAL]), where=str(path))
-                self.known[trial.properties] = trial
+                self.known[trial.setting] = trial
                 if _SUGGESTED in each.user_attrs:
                     self._suggested.append(trial.properties)
         self.closed = {key: trial for key, trial in self.known.items() if trial.state in FINAL_STATES}
@@ -74,12 +74,14 @@ class Study:
         attributes = {_TRIAL: trial.model_dump_json()}
         value = _value(trial)
         state = optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
-        asked = self._asked.pop(trial.properties, None)
-        self.known[trial.properties] = trial
+        asked = self._asked.pop(trial.properties, None) if trial.batch is None else None
+        self.known[trial.setting] = trial
         if asked is not None:
             asked.set_user_attr(_TRIAL, attributes[_TRIAL])
             asked.set_user_attr(_SUGGESTED, True)
             self._study.tell(asked, value, state=state)
+        elif trial.batch is not None:  # without parameters: what a batch gains says nothing about the properties
+            self._study.add_trial(optuna.trial.create_trial(state=state, value=value, user_attrs=attributes))
         elif set(properties) <= set(self._space):
             self._study.add_trial(
                 optuna.trial.create_trial(
@@ -105,7 +107,7 @@ class Study:
             with _quiet(self._optuna):
                 asked = self._study.ask(self._space)
             setting = RuntimeProperties.of({k: v for k, v in asked.params.items() if v != BY_DEFAULT})
-            if len(setting.items) < 2 or setting in self.known or setting in self._asked:
+            if len(setting.items) < 2 or Setting(properties=setting) in self.known or setting in self._asked:
                 self._study.tell(asked, state=fail)
             else:
                 self._asked[setting] = asked

@@ -39,7 +39,7 @@ def digest_of(task: TuneTask, config: TuneConfig, space: Mapping[str, Values]) -
         "name": core.get_property(task.device, "FULL_DEVICE_NAME") if _is_here(core, task.device) else "",
         "openvino": ov.get_version(),
         "space": space,
-        "config": serde.to_json(serde.replace(config, seconds=None)),
+        "config": serde.to_json(serde.replace(config, seconds=None, batches=())),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

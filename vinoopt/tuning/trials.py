@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Annotated
 
 from pydantic import Field
 
@@ -34,6 +35,8 @@ class TuneConfig(Record):
     """Share of samples with the float reference's top class, where outputs are class scores."""
     turn_ms: float = Field(default=15.0, gt=0)
     """Length of a setting's turn in a round."""
+    batches: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """For throughput: samples per call to try beside the model's own number."""
     seconds: float | None = Field(default=None, gt=0)
     """When the heats end; the final is still run. None: when every setting had its turn."""
     seed: int = 0
@@ -60,6 +63,7 @@ class SettingState(str, Enum):
     LEADER = "leader"
     """Faster than the default in its heat, but not the best."""
     CHOSEN = "chosen"
+    """The best as the model is; where batches are tried, also the best of another batch, if that is better."""
 
     def __str__(self) -> str:
         return self.value
@@ -69,17 +73,55 @@ FINAL_STATES = (SettingState.FAILED, SettingState.REFUSED, SettingState.DROPPED,
 """States that need not be found out again."""
 
 
+class Setting(Record):
+    """What a contestant of the race adds to the default; nothing: the default itself."""
+
+    properties: RuntimeProperties = RuntimeProperties()
+    batch: int | None = None
+    """Samples per call; None: the model's own number."""
+
+    @property
+    def name(self) -> str:
+        """`NUM_STREAMS=1 batch 8`, also the contestant's."""
+        words = [f"{key}={value}" for key, value in self.properties.items]
+        return " ".join(words if self.batch is None else [*words, f"batch {self.batch}"])
+
+
 class SettingTrial(Record):
     """One setting, how far it came and why not farther."""
 
     properties: RuntimeProperties
     """What it adds to the default; nothing: the default itself."""
+    batch: int | None = None
+    """Samples per call where that is not the model's own number."""
     state: SettingState
     reason: str = ""
     parity: Parity | None = None
     measurement: Measurement | None = None
     comparison: Comparison | None = None
-    """Against the default."""
+    """Against the default; of throughput, in samples."""
+
+    @property
+    def setting(self) -> Setting:
+        """Properties and batch together."""
+        return Setting(properties=self.properties, batch=self.batch)
+
+
+class BatchChoice(Record):
+    """The batch at which more samples are computed per second than at the model's own.
+
+    The properties are tuned for the model reshaped to this batch; what `TuneResult.properties` holds is for the model
+    as it is.
+    """
+
+    batch: int
+    properties: RuntimeProperties
+    parity: Parity
+    """Sample by sample."""
+    measurement: Measurement
+    """Throughput in samples per second, latency of a call."""
+    comparison: Comparison
+    """Against the best setting of the model as it is, in samples per second."""
 
 
 class TuneResult(Record):
@@ -87,9 +129,11 @@ class TuneResult(Record):
 
     properties: RuntimeProperties
     trials: tuple[SettingTrial, ...]
-    """In the order in which they ended; the chosen one last."""
+    """In the order in which they ended; the chosen one of the model as it is last."""
     comparison: Comparison | None
     """The best setting against the default in the last duel; None where no setting got so far."""
+    batched: BatchChoice | None = None
+    """None where batches were not asked for, or none was better."""
     warnings: tuple[str, ...] = ()
 
     @property

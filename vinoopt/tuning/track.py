@@ -1,0 +1,176 @@
+"""Where settings run: compiled, held against the float reference, and measured beside the default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import openvino as ov
+
+from vinoopt.bench import BenchResult, Contestant, MeasureConfig, MeasureMode, Sample
+from vinoopt.bench.protocol import least_requests
+from vinoopt.errors import DeviceError, ShapeError
+from vinoopt.records import RuntimeProperties
+from vinoopt.tuning.batches import Batching, by_sample, find_batching
+from vinoopt.tuning.bisection import Variant, first_departure
+from vinoopt.tuning.parity import Outputs, Parity, departure, parity, run_all
+from vinoopt.tuning.task import TuneTask
+from vinoopt.tuning.trials import Setting, TuneConfig
+
+HEAT_SIZE = 6
+"""Settings compiled at the same time, the default among them: each holds a copy of the weights."""
+HEAT_ROUNDS = 7
+PARITY_SAMPLES = 64
+DEFAULT = "default"
+NOTHING = Setting()
+_EXACT = RuntimeProperties.of({"INFERENCE_PRECISION_HINT": "f32"})
+
+
+class Measure(Protocol):
+    """`bench.measure`, or what stands in for it."""
+
+    def __call__(
+        self, contestants: Sequence[Contestant], samples: Sequence[Sample], *, config: MeasureConfig
+    ) -> BenchResult:
+        """Measurements in the order of the contestants."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entrant:
+    """A setting that the device takes and whose outputs are right."""
+
+    setting: Setting
+    parity: Parity
+    compiled: ov.CompiledModel
+
+
+class Track:
+    """The model on its device, with the outputs of the float reference and the default, which stays compiled."""
+
+    def __init__(self, task: TuneTask, config: TuneConfig, measure: Measure) -> None:
+        self.task, self.config, self._bench = task, config, measure
+        self.warnings: list[str] = []
+        self.pace_ms = 0.0
+        """The default's, of a sample; 0 before the first measurement."""
+        self.default = self.compile(NOTHING)
+        samples = task.samples[:PARITY_SAMPLES]
+        reference = task.reference if task.reference is not None else task.model
+        self.expected: Outputs = run_all(_compiled(reference, "CPU", _EXACT), samples)
+        self.parity = parity(run_all(self.default, samples), self.expected)
+        if reason := self._departure(self.parity, None):
+            where = self._where(NOTHING, reference)
+            self.warnings.append(f"the default setting itself departs from the float reference: {reason}{where}")
+        self.batching = self._batching() if config.batches else None
+
+    def properties(self, setting: Setting) -> RuntimeProperties:
+        """All that the device is given for a setting."""
+        return RuntimeProperties.of({**self.config.default.as_dict(), **setting.properties.as_dict()})
+
+    def compile(self, setting: Setting) -> ov.CompiledModel:
+        """The model with the setting, at its batch; raises `DeviceError` where the device does not take it."""
+        model = self.task.model
+        if setting.batch is not None and self.batching is not None:
+            model = self.batching.model_at(setting.batch)
+        return _compiled(model, self.task.device, self.properties(setting))
+
+    def renew_default(self) -> None:
+        """Compile the default again, so that it is as fresh as those it meets next."""
+        self.default = self.compile(NOTHING)
+
+    def parity_of(self, compiled: ov.CompiledModel, setting: Setting) -> Parity:
+        """Against the reference; at another batch sample by sample, as far as its samples fill calls."""
+        if setting.batch is None or self.batching is None:
+            return parity(run_all(compiled, self.task.samples[:PARITY_SAMPLES]), self.expected)
+        expected = by_sample(self.expected, self.batching.own)
+        calls = self.batching.samples_at(setting.batch)[: max(len(expected) // setting.batch, 1)]
+        outputs = by_sample(run_all(compiled, calls), setting.batch)
+        shared = min(len(outputs), len(expected))
+        return parity(outputs[:shared], expected[:shared])
+
+    def refusal(self, found: Parity, setting: Setting) -> str:
+        """Why a setting's outputs are not acceptable, with the first layer that departs; empty where they are."""
+        reason = self._departure(found, self.parity)
+        return reason and reason + self._where(setting, self.task.model)
+
+    def measure(self, entrants: Sequence[Entrant], rounds: int) -> BenchResult:
+        """The default and the entrants side by side; fewer rounds with batches, whose turns are the longer ones."""
+        if any(each.setting.batch is not None for each in entrants):
+            rounds = max(HEAT_ROUNDS, rounds // 3)
+        own = self.batching.own if self.batching is not None else 1
+        default = Contestant(name=DEFAULT, model=self.default, device=self.task.device, batch=own)
+        config = MeasureConfig(
+            mode=MeasureMode(self.config.goal.value),
+            rounds=rounds,
+            min_round_ms=self.config.turn_ms,
+            warmup_ms=2 * self.config.turn_ms,
+            seed=self.config.seed,
+        )
+        contestants = [default, *(self._contestant(each, own) for each in entrants)]
+        result = self._bench(contestants, self.task.samples, config=config)
+        self.pace_ms = float(np.median(result.of(DEFAULT).rounds_ms))
+        return result
+
+    def heat_ms(self, setting: Setting) -> float:
+        """What a heat takes for a setting of another batch, at the default's pace; 0 for the model's own batch."""
+        if setting.batch is None:
+            return 0.0
+        turn = least_requests(_in_flight(self.default), batch=setting.batch)
+        return (HEAT_ROUNDS + 2) * turn * setting.batch * self.pace_ms
+
+    def _contestant(self, entrant: Entrant, own: int) -> Contestant:
+        setting, compiled, device = entrant.setting, entrant.compiled, self.task.device
+        if setting.batch is None or self.batching is None:
+            return Contestant(name=setting.name, model=compiled, device=device, batch=own)
+        return Contestant(
+            name=setting.name,
+            model=compiled,
+            device=device,
+            samples=self.batching.samples_at(setting.batch),
+            requests=_in_flight(compiled),
+            batch=setting.batch,
+        )
+
+    def _departure(self, found: Parity, default: Parity | None) -> str:
+        demands = {"min_cosine": self.config.min_cosine, "min_agreement": self.config.min_agreement}
+        return departure(found, **demands, default=default)
+
+    def _where(self, setting: Setting, reference: ov.Model) -> str:
+        """The first layer that departs, as the end of a sentence; empty where it cannot be told."""
+        if setting.batch is not None:  # its layers have other shapes than the reference's
+            return ""
+        candidate = Variant(
+            model=self.task.model, device=self.task.device, properties=self.properties(setting).as_dict()
+        )
+        try:
+            found = first_departure(
+                Variant(model=reference), candidate, self.task.samples, min_cosine=self.config.min_cosine
+            )
+        except DeviceError:  # a part that does not run by itself; the refusal stands without it
+            return ""
+        return "" if found is None else f"; {found.sentence}"
+
+    def _batching(self) -> Batching | None:
+        """The model at other batches; None, with a warning, where its batch cannot be changed."""
+        copies = HEAT_SIZE * _in_flight(self.default)
+        try:
+            found = find_batching(self.task.model, self.task.samples, self.config.batches, copies=copies)
+        except ShapeError as exc:
+            self.warnings.append(f"no other batch was tried: {exc}")
+            return None
+        self.warnings.extend(found.left_out)
+        return found
+
+
+def _in_flight(compiled: ov.CompiledModel) -> int:
+    """How many requests throughput keeps in flight."""
+    return max(int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")), 1)
+
+
+def _compiled(model: ov.Model, device: str, properties: RuntimeProperties) -> ov.CompiledModel:
+    try:
+        return ov.Core().compile_model(model, device, properties.as_dict())
+    except RuntimeError as exc:
+        reason = str(exc).strip().splitlines()[-1]
+        raise DeviceError(f"{device} does not take {Setting(properties=properties).name}: {reason}") from exc
