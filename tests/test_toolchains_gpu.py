@@ -13,6 +13,7 @@ from vinoopt.errors import ToolchainCrashed, ToolchainMissing, ToolchainRefused,
 from vinoopt.hardware.profile import load_profile
 from vinoopt.records import Build, Device, DeviceSpec, Evidence, GpuOffline, RuntimeProperties
 from vinoopt.toolchains.gpu import GpuToolchain
+from vinoopt.toolchains.host import reason_of
 from vinoopt.toolchains.process import ChildExit, ChildReply
 
 NONE = RuntimeProperties()
@@ -291,6 +292,20 @@ def test_nothing_measured_and_nothing_shipped(vendors: Path):
     assert (build.blob, build.latency_ms, build.compile_ms) == (None, None, None)
     assert not (vendors / "blob").exists()
     assert all(layer.time_us is None for layer in build.layers)
+
+
+def test_refusal_keeps_the_layer_and_the_figures_that_the_plugin_names():
+    said = """Exception from src/inference/src/cpp/core.cpp:117:
+Exception from src/inference/src/dev/plugin.cpp:54:
+Error has occured for: convolution:block/depthwise
+Weights feature maps number(=432) is not equal to: input feature maps number(=144)
+Weights/ifm mismatch
+
+"""
+    assert reason_of(RuntimeError(said)) == (
+        "convolution:block/depthwise; Weights feature maps number(=432) is not equal to: input feature maps "
+        "number(=144); Weights/ifm mismatch"
+    )
 
 
 # --------------------------------------------------------------------------- the real driver

@@ -21,6 +21,7 @@ from openvino.preprocess import PrePostProcessor
 from vinoopt.errors import ModelError, UnsupportedModelError
 from vinoopt.frontend import preprocess as images
 from vinoopt.frontend import refusal, shapes
+from vinoopt.frontend.grouped_weights import split_groups
 from vinoopt.frontend.load import OnnxFile, load_onnx, names_in, read_proto
 from vinoopt.frontend.names import assign_names, bodies
 from vinoopt.frontend.rewrite import expandable, rewritten
@@ -128,6 +129,7 @@ def _folded(
         model = images.embed(model, with_images)
         model = _restore_door(model, with_images, model_inputs, onnx.outputs)
         apply_moc_transformations(model, cf=True)
+        split_groups(model)
     except RuntimeError as exc:
         told = refusal.cause(str(exc))
         raise UnsupportedModelError(f"{onnx.path}: OpenVINO cannot simplify the graph: {told}") from exc

@@ -31,6 +31,8 @@ _REQUIREMENTS, _COMPATIBILITY = "RUNTIME_REQUIREMENTS", "COMPATIBILITY_CHECK"
 _PROFILED_RUNS = 30
 _COMPILATIONS = 3
 _SETTLING_RUNS = 3
+_ABOUT = "Error has occured for:"
+"""The GPU plugin's words (and spelling) in front of a layer's name."""
 
 
 class HostToolchain:
@@ -126,8 +128,14 @@ def compatibility(device: str, requirements: str) -> str | None:
 
 
 def reason_of(exc: RuntimeError) -> str:
-    """The part of an OpenVINO error that says something: its last line, without the stack of source places."""
+    """The part of an OpenVINO error that says something: its last line, without the stack of source places.
+
+    Of the GPU plugin's errors the lines before as well, which name the layer and the figures that disagree.
+    """
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    for place, line in enumerate(lines):
+        if line.startswith(_ABOUT):
+            return "; ".join([line.removeprefix(_ABOUT).strip(), *lines[place + 1 :]])
     telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
     return (telling or lines or [type(exc).__name__])[-1]
 
