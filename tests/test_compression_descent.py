@@ -48,6 +48,20 @@ def test_cheapest_damage_per_time_goes_first_and_the_path_ends_with_everything_n
     assert places[-1].damage == pytest.approx(additive(steps[-1]))
 
 
+def test_damage_that_is_made_up_for_behind_counts_for_less():
+    def first_steps(lasting: Mapping[str, float]) -> tuple[set[str], list[Place]]:
+        ground = Ground(units=UNITS, damages=alone(), lasting=lasting)
+        places = walk(Descent(ground, predict=predict, probe=additive))
+        return set(places[1].widths), places
+
+    assert first_steps({})[0] == {"b"}
+    names, places = first_steps({"a": 0.1})
+    assert names == {"a"}
+    assert places[1].damage == pytest.approx(0.1 * additive(places[1].widths))
+    full = sum({"a": 0.1}.get(name, 1.0) * additive({name: 1}) for name in UNITS)
+    assert places[-1].damage == pytest.approx(full)
+
+
 def test_damage_in_company_counts_rather_than_damage_alone():
     def entangled(widths: Mapping[str, int]) -> float:  # a is harmless as long as b is whole
         return additive(widths) * (50.0 if {"a", "b"} <= widths.keys() else 1.0)

@@ -299,10 +299,43 @@ def test_no_time_leaves_the_weights_and_progress_counts_layers():
     pruned, _ = pruned_net(model)
     late = refit_sequential(model, pruned, samples, settings=RefitSettings(time_limit_s=0))
     np.testing.assert_allclose(run(late, samples), run(pruned.model, samples), atol=1e-5)
-    seen = []
-    refit_sequential(model, pruned, samples, progress=lambda *counts: seen.append(counts))
-    total = len(pruned.consumers)
-    assert seen == [(done, total) for done in range(1, total + 1)]
+    for behind in (True, False):
+        seen: list[tuple[int, int]] = []
+        refit_sequential(
+            model, pruned, samples, settings=RefitSettings(behind=behind),
+            progress=lambda *counts, seen=seen: seen.append(counts),
+        )
+        total = seen[-1][1]
+        assert seen == [(done, total) for done in range(1, total + 1)]
+        assert total > len(pruned.consumers) if behind else total == len(pruned.consumers)
+
+
+def narrowed(model, reader, share):
+    """The model whose group that `reader` reads has lost its last units."""
+    coupling = find_groups(model)
+    group = next(group for group in coupling.groups if group.consumers == (reader,))
+    plan = [GroupWidth(group=group.name, kept=tuple(range(int(group.units * share))))]
+    return apply_pruning(model, coupling, plan)
+
+
+def test_layers_behind_win_back_what_a_narrow_one_loses():
+    model, calibration, fresh = residual_net(), samples_of(160), samples_of(60, seed=9)
+    pruned = narrowed(model, "a2", 0.25)
+    alone, joined = (
+        refit_sequential(model, pruned, calibration, settings=RefitSettings(behind=behind))
+        for behind in (False, True)
+    )
+    assert error_of(joined, model, fresh) < 0.9 * error_of(alone, model, fresh)
+
+
+def test_layers_before_the_cut_and_ignored_ones_keep_their_weights():
+    model = residual_net()
+    pruned = narrowed(model, "b2", 0.5)
+    result = refit_sequential(model, pruned, samples_of(96), settings=RefitSettings(ignored=frozenset({"head"})))
+    before, after = index_contractions(pruned.model), index_contractions(result)
+    touched = {name for name in before if not np.array_equal(weight_matrix(before[name]), weight_matrix(after[name]))}
+    assert "b2" in touched
+    assert touched <= {"b1", "b2", "down"}
 
 
 @pytest.mark.parametrize("count", [1, 2, 6])

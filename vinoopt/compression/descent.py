@@ -48,6 +48,9 @@ class Ground:
     """Blocks that start in float -> damage of each alone in INT8."""
     floats: frozenset[str] = frozenset()
     """Blocks in float at the start, with or without a damage; those without one stay."""
+    lasting: Mapping[str, float] = field(default_factory=dict)
+    """Group -> share of the damage that probes see which is left in the end; 1 where it is not named. What is
+    lost early in a network can be made up for behind, which probes are too quick to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,8 @@ class Descent:
         self._is_late = is_late
         self._factors = dict.fromkeys(ground.damages, 1.0)
         """Group -> how much more its steps damage in the path's company than the table says."""
-        self._width_damage = 0.0
+        self._probed = 0.0
+        """Damage of the last place's widths, as probes see it."""
         start = Place(widths={}, floats=ground.floats, damage=0.0, time_us=predict({}, ground.floats))
         self.places: list[Place] = [start]
 
@@ -95,7 +99,7 @@ class Descent:
                 return self._go(here, min(known, key=known.__getitem__), measured)
             after = self._probe(self._widths(here, best))
             if math.isfinite(after):
-                self._learn(here, best, max(after - self._width_damage, 0.0), measured)
+                self._learn(here, best, max(after - self._probed, 0.0), measured)
             else:
                 del gains[best]  # it cannot be built in this company
         return None
@@ -114,9 +118,10 @@ class Descent:
     def _delta(self, here: Place, move: _Move, measured: Mapping[_Move, float]) -> float:
         if move.width < 0:
             return max(self._ground.block_damages[move.group], _TINY)
+        lasting = self._ground.lasting.get(move.group, 1.0)
         if move in measured:
-            return max(measured[move], _TINY)
-        return max(self._alone(here, move) * self._factors[move.group], _TINY)
+            return max(lasting * measured[move], _TINY)
+        return max(lasting * self._alone(here, move) * self._factors[move.group], _TINY)
 
     def _alone(self, here: Place, move: _Move) -> float:
         damages = self._ground.damages[move.group]
@@ -131,7 +136,7 @@ class Descent:
         delta = self._delta(here, move, measured)
         widths, floats = self._widths(here, move), self._floats(here, move)
         if move.width >= 0:
-            self._width_damage += delta
+            self._probed += measured.get(move, 0.0)
         place = Place(
             widths=MappingProxyType(widths),
             floats=floats,

@@ -1,9 +1,10 @@
-"""Least-squares refit of the layers that have lost columns.
+"""Least-squares refit of the layers that have lost columns, and of those behind them.
 
 `closed_form` and `refit_local` use the statistics of the float model alone: cheap enough for every width of
 every group. `refit_sequential` regresses the float model's outputs on what the pruned model itself computes,
 layer by layer in topological order, so that later layers make up for the errors of earlier ones (He, Zhang and
-Sun 2017, arXiv 1707.06168, section 3.2), with the error of the residual path added to the target.
+Sun 2017, arXiv 1707.06168, section 3.2), with the error of the residual path added to the target. Layers that have
+lost nothing take part: in networks of few channels they win back most of what the narrow ones lose.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class RefitSettings:
     layer on held-back samples."""
     residual: bool = True
     """Whether the target of a layer that feeds a residual add is the sum rather than its own output."""
+    behind: bool = True
+    """Whether layers that have lost nothing, but come after one that has, are refitted too."""
+    ignored: frozenset[str] = frozenset()
+    """Layers that keep their weights if they have lost nothing."""
     rows_per_sample: int = 64
     seed: int = 0
     memory_bytes: int = 1 << 30
@@ -169,17 +174,18 @@ def refit_sequential(
     settings: RefitSettings = RefitSettings(),
     progress: Progress | None = None,
 ) -> ov.Model:
-    """The pruned model with layers that have lost columns refitted in turn, each on the pruned model's activations.
+    """The pruned model refitted layer by layer behind the first change, each layer on the pruned model's activations.
 
     With `statistics` of `original` it starts from `refit_local`, which is better wherever samples are few. A layer
     changes only where that lowers its error on samples held back from all fits (every eighth; with fewer than
     eight samples nothing changes). Deterministic for a seed, but for a time limit. Raises `DataError` for samples
     that do not fit.
     """
-    names = [cut.name for cut in pruned.consumers]
     result = pruned.model.clone() if statistics is None else refit_local(original, pruned, statistics)
     targets = index_contractions(result)
-    kept_rows = {cut.name: cut.kept_rows for cut in (*pruned.consumers, *pruned.producers)}
+    names = _refittable(original, pruned, targets, settings)
+    every = {name: np.arange(targets[name].groups * targets[name].outputs) for name in names}
+    kept_rows = every | {cut.name: cut.kept_rows for cut in (*pruned.consumers, *pruned.producers)}
     walk = _Walk(original, result, names, (samples, settings))
     for done, layer in enumerate(walk.layers(), start=1):
         with threads_for(layer.columns):
@@ -193,6 +199,27 @@ def refit_sequential(
         if progress is not None:
             progress(done, len(names))
     return result
+
+
+def _refittable(
+    original: ov.Model, pruned: PrunedModel, targets: Mapping[str, Contraction], settings: RefitSettings
+) -> list[str]:
+    """Layers that have lost columns, and those behind the first change whose weights are theirs alone."""
+    narrower = [cut.name for cut in pruned.consumers]
+    if not settings.behind:
+        return narrower
+    changed = {*narrower, *(cut.name for cut in pruned.producers)}
+    order = list(index_contractions(original))
+    first = next((place for place, name in enumerate(order) if name in changed or name not in targets), len(order))
+    behind = [name for name in order[first:] if name in targets]
+    return [
+        name for name in behind
+        if name in narrower or (name not in settings.ignored and not _is_shared(targets[name]))
+    ]
+
+
+def _is_shared(layer: Contraction) -> bool:
+    return len(layer.node.input_value(layer.weight_port).get_target_inputs()) > 1
 
 
 def _best_fit(fitted: PairedSums, held_back: PairedSums, ridge: float | None) -> tuple[Matrix, Matrix] | None:

@@ -18,6 +18,8 @@ from vinoopt.compression.judge import Judge
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import (
     PruningKit,
+    lasting_shares,
+    middle_width,
     offered_widths,
     width_damages,
     with_best_orders,
@@ -30,6 +32,9 @@ _LEAST_GAIN = 0.02
 """Candidates that differ by less than this share of the predicted time are not both judged."""
 _SHALLOWER = 2
 """Plans that let branches go, for each share of time that is asked for."""
+_REFITTED, _REFITTED_CALLS, _REFITTED_S = 5, 256, 60.0
+"""Groups whose cut is refitted thoroughly to learn what of its damage lasts, on how many calls, in which time."""
+_TINY = 1e-12
 _TIMING_SAMPLES = 4
 """Calibration calls for models that are only timed."""
 
@@ -70,6 +75,8 @@ class WidthSearch:
         self.clock: Clock | None = None
         self.damages: Mapping[str, Mapping[int, float]] = {}
         """Group -> width -> damage of this width alone."""
+        self.lasting: Mapping[str, float] = {}
+        """Group -> share of these damages that the thorough refit leaves."""
         self.ground_us = 0.0
         """Predicted time of `ground`."""
         self.say = say
@@ -91,6 +98,7 @@ class WidthSearch:
         if not damages:
             return ["the time limit left none for pruning"]
         self.clock, self.damages = clock, damages
+        self.lasting = self._lasting_shares()
         self.free = self._free_blocks(tables)
 
         def predict(widths: Mapping[str, int], floats: frozenset[str]) -> float:
@@ -102,6 +110,7 @@ class WidthSearch:
                 damages=damages,
                 block_damages={name: tables.damages[name] for name in self.free},
                 floats=self.free,
+                lasting=self.lasting,
             ),
             predict=predict,
             probe=lambda widths: self._probe(self.kit.widths(widths)),
@@ -177,7 +186,11 @@ class WidthSearch:
 
     def _shallower(self, share: float) -> list[dict[str, int]]:
         """Widths of 0 for branches whose damages, of each alone, are the least that save so much."""
-        damages = {n: known[0] for n, known in self.damages.items() if math.isfinite(known.get(0, math.inf))}
+        damages = {
+            name: known[0] * self.lasting.get(name, 1.0)
+            for name, known in self.damages.items()
+            if math.isfinite(known.get(0, math.inf))
+        }
         if self.clock is None:
             return []
         whole = self.clock.at({})
@@ -230,6 +243,28 @@ class WidthSearch:
         """Damage in float, which is the same for every target."""
         plan = CompressionPlan(widths=widths)
         return self.judge.damage(plan, lambda: self.kit.roughly(widths), is_shared=True, kind="rough")
+
+    def _lasting_shares(self) -> Mapping[str, float]:
+        """What layers behind a group cannot make up for; nothing is known of it in a quick search."""
+        if not self.is_thorough:
+            return {}
+        damages = self.damages
+        names = [group.name for group in self.kit.coupling.groups if group.name in damages]
+        self.say(f"what a refit of the layers behind makes up for, at {min(len(names), _REFITTED)} groups")
+        ends_at = time.monotonic() + _REFITTED_S
+
+        def share(name: str) -> float:
+            width = middle_width(list(damages[name]))
+            widths = self.kit.widths({name: width})
+            plan = CompressionPlan(widths=widths)
+            damage = self.judge.damage(
+                plan, lambda: self.kit.thoroughly(widths, calls=_REFITTED_CALLS), is_shared=True, kind="refitted"
+            )
+            return damage / max(damages[name][width], _TINY)
+
+        return lasting_shares(
+            names, share, count=_REFITTED, is_late=lambda: self._is_late() or time.monotonic() > ends_at
+        )
 
     def _free_blocks(self, tables: BlockTables) -> frozenset[str]:
         """Blocks whose precision is searched together with the widths: those whose damage is known."""

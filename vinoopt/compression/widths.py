@@ -26,6 +26,7 @@ MAX_CALLS = 1000
 MAX_BYTES = 512 << 20
 """Of calibration inputs held in memory for them."""
 MIN_CALLS = 32
+_LEAST_LASTING = 0.02
 _TINY = 1e-12
 
 
@@ -40,6 +41,8 @@ class PruningKit:
     others: Mapping[str, UnitOrder]
     """The same by another criterion, for groups where that may serve better; see `with_best_orders`."""
     samples: Sequence[Sample]
+    ignored: frozenset[str]
+    """Layers that keep their weights."""
     seed: int
 
     def cut(self, widths: Sequence[GroupWidth]) -> PrunedModel:
@@ -51,11 +54,11 @@ class PruningKit:
         """Removed and refitted from the float model's statistics alone: quick, for damage tables."""
         return refit_local(self.source, self.cut(widths), self.statistics)
 
-    def thoroughly(self, widths: tuple[GroupWidth, ...]) -> ov.Model:
-        """Removed and refitted layer by layer on the pruned model's own activations."""
-        settings = RefitSettings(seed=self.seed)
+    def thoroughly(self, widths: tuple[GroupWidth, ...], *, calls: int | None = None) -> ov.Model:
+        """Removed and refitted layer by layer on the pruned model's own activations, of so many calibration calls."""
+        settings = RefitSettings(seed=self.seed, ignored=self.ignored)
         cut = self.cut(widths)
-        return refit_sequential(self.source, cut, self.samples, statistics=self.statistics, settings=settings)
+        return refit_sequential(self.source, cut, self.samples[:calls], statistics=self.statistics, settings=settings)
 
     def corrected(self, widths: tuple[GroupWidth, ...], quantized: ov.Model) -> ov.Model:
         """The quantized pruned model with biases moved so that mean outputs are the whole float model's."""
@@ -102,6 +105,7 @@ def prepare(
         orders=orders,
         others=others,
         samples=samples,
+        ignored=frozenset(ignored),
         seed=seed,
     )
 
@@ -143,7 +147,7 @@ def with_best_orders(
     """
     orders = dict(kit.orders)
     for name, other in kit.others.items():
-        width = _middle(offers.get(name, (0,)))
+        width = middle_width(offers.get(name, (0,)))
         if is_late() or not width or other.kept(width) == orders[name].kept(width):
             continue
         damages = [
@@ -168,12 +172,12 @@ def width_damages(
     prediction, the least harmful first; those that the time does not reach are left out.
     """
     damages: dict[str, dict[int, float]] = {}
-    for name in sorted(offers, key=lambda n: kit.orders[n].damage[_middle(offers[n])]):
+    for name in sorted(offers, key=lambda n: kit.orders[n].damage[middle_width(offers[n])]):
         if is_late():
             break
         seen = {
             width: max(probe(kit.widths({name: width})), 0.0)
-            for width in sorted({_middle(offers[name]), *_ends(offers[name])})
+            for width in sorted({middle_width(offers[name]), *_ends(offers[name])})
         }
         finite = {width: damage for width, damage in seen.items() if math.isfinite(damage)}
         least = min((width for width in finite if width), default=None)
@@ -183,7 +187,30 @@ def width_damages(
     return damages
 
 
-def _middle(widths: Sequence[int]) -> int:
+def lasting_shares(
+    names: Sequence[str], share: Callable[[str], float], *, count: int, is_late: Callable[[], bool]
+) -> dict[str, float]:
+    """Group -> what of its rough damage is left after the thorough refit, measured at `count` groups along the graph.
+
+    `names` are in graph order; between the groups that were measured the logarithm is interpolated. Nothing where
+    the time left for none.
+    """
+    places = np.unique(np.linspace(0, len(names) - 1, min(count, len(names))).round().astype(int))
+    known: dict[int, float] = {}
+    for place in (*places[:1], *places[:0:-1]):  # both ends first
+        if is_late():
+            break
+        if math.isfinite(found := share(names[place])):
+            known[int(place)] = math.log(min(max(found, _LEAST_LASTING), 1.0))
+    if not known:
+        return {}
+    at = sorted(known)
+    values = np.exp(np.interp(range(len(names)), at, [known[place] for place in at]))
+    return dict(zip(names, map(float, values), strict=True))
+
+
+def middle_width(widths: Sequence[int]) -> int:
+    """The one in the middle of those that leave something."""
     partial = [w for w in widths if w] or list(widths)
     return partial[len(partial) // 2]
 
