@@ -49,13 +49,13 @@ def test_cheapest_damage_per_time_goes_first_and_the_path_ends_with_everything_n
 
 
 def test_damage_that_is_made_up_for_behind_counts_for_less():
-    def first_steps(lasting: Mapping[str, float]) -> tuple[set[str], list[Place]]:
+    def first_steps(lasting: Mapping[str, Mapping[int, float]]) -> tuple[set[str], list[Place]]:
         ground = Ground(units=UNITS, damages=alone(), lasting=lasting)
         places = walk(Descent(ground, predict=predict, probe=additive))
         return set(places[1].widths), places
 
     assert first_steps({})[0] == {"b"}
-    names, places = first_steps({"a": 0.1})
+    names, places = first_steps({"a": dict.fromkeys((3, 2, 1), 0.1)})
     assert names == {"a"}
     assert places[1].damage == pytest.approx(0.1 * additive(places[1].widths))
     full = sum({"a": 0.1}.get(name, 1.0) * additive({name: 1}) for name in UNITS)

@@ -48,9 +48,9 @@ class Ground:
     """Blocks that start in float -> damage of each alone in INT8."""
     floats: frozenset[str] = frozenset()
     """Blocks in float at the start, with or without a damage; those without one stay."""
-    lasting: Mapping[str, float] = field(default_factory=dict)
-    """Group -> share of the damage that probes see which is left in the end; 1 where it is not named. What is
-    lost early in a network can be made up for behind, which probes are too quick to do."""
+    lasting: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """Group -> width -> what is left in the end of the damage that probes see, as a share; 1 where it is not named.
+    What is lost early in a network can be made up for behind, which probes are too quick to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,11 @@ class Descent:
         self._is_late = is_late
         self._factors = dict.fromkeys(ground.damages, 1.0)
         """Group -> how much more its steps damage in the path's company than the table says."""
+        self._lasting = {
+            group: {width: damage * ground.lasting.get(group, {}).get(width, 1.0) for width, damage in table.items()}
+            for group, table in ground.damages.items()
+        }
+        """The table of damages as they will be in the end."""
         self._probed = 0.0
         """Damage of the last place's widths, as probes see it."""
         start = Place(widths={}, floats=ground.floats, damage=0.0, time_us=predict({}, ground.floats))
@@ -118,13 +123,12 @@ class Descent:
     def _delta(self, here: Place, move: _Move, measured: Mapping[_Move, float]) -> float:
         if move.width < 0:
             return max(self._ground.block_damages[move.group], _TINY)
-        lasting = self._ground.lasting.get(move.group, 1.0)
-        if move in measured:
-            return max(lasting * measured[move], _TINY)
-        return max(lasting * self._alone(here, move) * self._factors[move.group], _TINY)
+        alone = self._alone(here, move)
+        factor = measured[move] / alone if move in measured else self._factors[move.group]
+        return max(self._alone(here, move, self._lasting) * factor, _TINY)
 
-    def _alone(self, here: Place, move: _Move) -> float:
-        damages = self._ground.damages[move.group]
+    def _alone(self, here: Place, move: _Move, table: Mapping[str, Mapping[int, float]] | None = None) -> float:
+        damages = (table or self._ground.damages)[move.group]
         current = here.widths.get(move.group)
         return max(damages[move.width] - (0.0 if current is None else damages[current]), _TINY)
 

@@ -32,8 +32,10 @@ _LEAST_GAIN = 0.02
 """Candidates that differ by less than this share of the predicted time are not both judged."""
 _SHALLOWER = 2
 """Plans that let branches go, for each share of time that is asked for."""
-_REFITTED, _REFITTED_CALLS, _REFITTED_S = 5, 256, 60.0
-"""Groups whose cut is refitted thoroughly to learn what of its damage lasts, on how many calls, in which time."""
+_REFITTED = {False: 2, True: 5}
+"""Whether the search is thorough -> cuts of either kind that are refitted to learn what of their damage lasts."""
+_REFITTED_CALLS, _REFITTED_S = 256, 60.0
+"""Calibration calls for that, and seconds after which no further cut is begun."""
 _TINY = 1e-12
 _TIMING_SAMPLES = 4
 """Calibration calls for models that are only timed."""
@@ -75,8 +77,8 @@ class WidthSearch:
         self.clock: Clock | None = None
         self.damages: Mapping[str, Mapping[int, float]] = {}
         """Group -> width -> damage of this width alone."""
-        self.lasting: Mapping[str, float] = {}
-        """Group -> share of these damages that the thorough refit leaves."""
+        self.lasting: Mapping[str, Mapping[int, float]] = {}
+        """Group -> width -> share of these damages that the thorough refit leaves."""
         self.ground_us = 0.0
         """Predicted time of `ground`."""
         self.say = say
@@ -187,7 +189,7 @@ class WidthSearch:
     def _shallower(self, share: float) -> list[dict[str, int]]:
         """Widths of 0 for branches whose damages, of each alone, are the least that save so much."""
         damages = {
-            name: known[0] * self.lasting.get(name, 1.0)
+            name: known[0] * self.lasting.get(name, {}).get(0, 1.0)
             for name, known in self.damages.items()
             if math.isfinite(known.get(0, math.inf))
         }
@@ -244,27 +246,35 @@ class WidthSearch:
         plan = CompressionPlan(widths=widths)
         return self.judge.damage(plan, lambda: self.kit.roughly(widths), is_shared=True, kind="rough")
 
-    def _lasting_shares(self) -> Mapping[str, float]:
-        """What layers behind a group cannot make up for; nothing is known of it in a quick search."""
-        if not self.is_thorough:
-            return {}
-        damages = self.damages
-        names = [group.name for group in self.kit.coupling.groups if group.name in damages]
-        self.say(f"what a refit of the layers behind makes up for, at {min(len(names), _REFITTED)} groups")
+    def _lasting_shares(self) -> Mapping[str, Mapping[int, float]]:
+        """What layers behind a cut cannot make up for, of whole branches that go and of narrower groups."""
+        count = _REFITTED[self.is_thorough]
+        self.say(f"what a refit of the layers behind makes up for, at {2 * count} cuts")
         ends_at = time.monotonic() + _REFITTED_S
+        order = [group.name for group in self.kit.coupling.groups if group.name in self.damages]
 
-        def share(name: str) -> float:
-            width = middle_width(list(damages[name]))
-            widths = self.kit.widths({name: width})
-            plan = CompressionPlan(widths=widths)
-            damage = self.judge.damage(
-                plan, lambda: self.kit.thoroughly(widths, calls=_REFITTED_CALLS), is_shared=True, kind="refitted"
-            )
-            return damage / max(damages[name][width], _TINY)
+        def is_late() -> bool:
+            return self._is_late() or time.monotonic() > ends_at
 
-        return lasting_shares(
-            names, share, count=_REFITTED, is_late=lambda: self._is_late() or time.monotonic() > ends_at
-        )
+        def shares(widths: Mapping[str, int]) -> dict[str, float]:
+            names = [name for name in order if name in widths]
+            return lasting_shares(names, lambda n: self._lasting(n, widths[n]), count=count, is_late=is_late)
+
+        gone = shares({name: 0 for name in order if math.isfinite(self.damages[name].get(0, math.inf))})
+        narrow = shares({name: middle_width(list(self.damages[name])) for name in order})
+        return {
+            name: {width: (narrow if width else gone).get(name, 1.0) for width in self.damages[name]}
+            for name in order
+        }
+
+    def _lasting(self, name: str, width: int) -> float:
+        widths = self.kit.widths({name: width})
+
+        def refitted() -> ov.Model:
+            return self.kit.thoroughly(widths, calls=_REFITTED_CALLS)
+
+        left = self.judge.damage(CompressionPlan(widths=widths), refitted, is_shared=True, kind="refitted")
+        return left / max(self.damages[name][width], _TINY)
 
     def _free_blocks(self, tables: BlockTables) -> frozenset[str]:
         """Blocks whose precision is searched together with the widths: those whose damage is known."""
