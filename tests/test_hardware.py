@@ -15,6 +15,7 @@ from vinoopt.cli.profiles import profiles
 from vinoopt.errors import ProfileError, TargetError
 from vinoopt.hardware import isa
 from vinoopt.hardware.detect import cpu_flags, detect_host, fingerprint, match_cpu, match_host
+from vinoopt.hardware.isa import saturates_int8
 from vinoopt.hardware.profile import (
     check_profile,
     diff_profiles,
@@ -48,7 +49,7 @@ precisions = ["f32"]
 channel_multiple = 8
 bandwidth_gb_per_s = { value = 20, source = "data sheet, table 1" }
 peak_gops = { f32 = { value = 100, source = "data sheet, table 1" } }
-offline = { isa_cap = "AVX2", has_vnni = false }
+offline = { isa_cap = "AVX2" }
 """
 
 GPU = """
@@ -66,7 +67,6 @@ hardware = "1x2x16"
 device_id = "0x4680"
 min_driver = "22.43"
 architecture = "12.2"
-execution_units = 32
 has_int8 = true
 has_xmx = false
 """
@@ -106,6 +106,18 @@ def test_shipped_profile_is_complete(name: str):
 def test_shipped_profile_survives_json(name: str):
     profile = load_profile(name)
     assert serde.from_json(HardwareProfile, serde.to_json(profile), where=name) == profile
+
+
+def test_lunar_lake_has_the_memory_and_the_tiles_of_its_number():
+    found = {
+        name: (
+            profile.devices[Device.CPU].memory_bytes.value / 2**30,
+            profile.devices[Device.NPU].tuning["NPU_TILES"][-1],
+        )
+        for name in ("lunar-lake", "lunar-lake-226v", "lunar-lake-228v", "lunar-lake-256v")
+        for profile in [load_profile(name)]
+    }
+    assert list(found.values()) == [(32, "6"), (16, "5"), (32, "5"), (16, "6")]
 
 
 def test_peaks_grow_as_formats_shrink():
@@ -157,13 +169,13 @@ def test_npu_platform(name: str, platform: str):
         ("skylake-sp", "AVX512_CORE", False),
         ("ice-lake", "AVX512_CORE_VNNI", True),
         ("alder-lake-n100", "AVX2_VNNI", True),
-        ("lunar-lake", "AVX2_VNNI", True),
+        ("lunar-lake", "AVX2_VNNI_2", True),
         ("sapphire-rapids", "AVX512_CORE_AMX", True),
     ],
 )
 def test_cpu_instruction_set(name: str, cap: str, vnni: bool):
     spec = resolve(Target(profile=name, device=Device.CPU))
-    assert spec.offline == CpuOffline(isa_cap=cap, has_vnni=vnni)
+    assert spec.offline == CpuOffline(isa_cap=cap)
     assert (Precision.INT8 in spec.precisions) is vnni
 
 
@@ -283,15 +295,18 @@ def test_complete_file_has_no_findings(write):
     ("change", "code"),
     [
         (('isa_cap = "AVX2"', 'isa_cap = "AVX3"'), "PROFILE_ISA"),
-        (("has_vnni = false", "has_vnni = true"), "PROFILE_ISA"),
-        (("execution_units = 32", "execution_units = 31"), "PROFILE_GPU"),
         (('"1x2x16"', '"1x2"'), "PROFILE_GPU"),
+        (('"1x2x16"', '"99x99x99"'), "PROFILE_GPU"),
+        (('"1x2x16"', '"16x16x16"'), "PROFILE_GPU"),
         (('"0x4680"', '"4680"'), "PROFILE_GPU"),
         (('"22.43"', '"22"'), "PROFILE_GPU"),
         (('"12.2"', '"12"'), "PROFILE_GPU"),
         (('["adls"]', "[]"), "PROFILE_GPU"),
         (("f16 = {", "bf16 = {"), "PROFILE_FIGURE"),
         (("value = 100", "value = 0"), "PROFILE_FIGURE"),
+        (("value = 20", "value = inf"), "PROFILE_FIGURE"),
+        (("value = 20", "value = nan"), "PROFILE_FIGURE"),
+        (("channel_multiple = 8", "channel_multiple = 8\ncores = 0"), "PROFILE_FIGURE"),
         (('precisions = ["f32"]', 'precisions = ["f32", "f32"]'), "PROFILE_PRECISIONS"),
         (('sources = ["data sheet, table 1"]', "sources = []"), "PROFILE_SOURCES"),
         (('title = "a board"', 'title = "a board"\ncpu_match = ["("]'), "PROFILE_MATCH"),
@@ -301,8 +316,42 @@ def test_complete_file_has_no_findings(write):
 def test_wrong_content_is_found(write, change: tuple[str, str], code: str):
     text = MINIMAL + GPU
     assert change[0] in text
-    findings = check_profile(write(text.replace(*change)))
-    assert code in [finding.code for finding in findings if finding.severity == "error"]
+    path = write(text.replace(*change))
+    findings = [finding for finding in check_profile(path) if finding.severity == "error"]
+    assert code in [finding.code for finding in findings]
+    with pytest.raises(ProfileError, match=re.escape(findings[0].message)):
+        load_profile(str(path))  # and is not used either
+
+
+def test_a_folder_is_no_profile(tmp_path: Path):
+    (tmp_path / "board.toml").mkdir()
+    with pytest.raises(ProfileError, match=r"board\.toml: cannot be read"):
+        load_profile(str(tmp_path / "board.toml"))
+
+
+def test_int8_without_vnni_is_a_warning(write):
+    text = MINIMAL.replace('precisions = ["f32"]', 'precisions = ["int8", "f32"]')
+    path = write(text)
+    (finding,) = check_profile(path)
+    assert (finding.severity, finding.code) == ("warning", "PROFILE_INT8_SATURATES")
+    assert saturates_int8(load_profile(str(path)).devices[Device.CPU])  # the instruction set decides
+    assert check_profile(write(text.replace('isa_cap = "AVX2"', 'isa_cap = "AVX2_VNNI"'))) == ()
+
+
+@pytest.mark.parametrize(
+    ("target", "saturates"),
+    [("skylake:CPU", True), ("skylake-sp:CPU", True), ("lunar-lake:CPU", False), ("skylake:GPU", False)],
+)
+def test_what_saturates_follows_from_the_instruction_set(target: str, saturates: bool):
+    assert saturates_int8(resolve(Target.parse(target))) is saturates
+
+
+def test_cpus_of_this_kind_without_a_known_instruction_set_count_as_saturating():
+    spec = detect_host().devices[Device.CPU].model_copy(update={"offline": None})
+    told = {name: saturates_int8(spec.model_copy(update={"architecture": name})) for name in ("x86_64", "aarch64")}
+    assert told == {"x86_64": True, "aarch64": False}
+    if cpu_flags():
+        assert saturates_int8(spec) is not bool({"avx512_vnni", "avx_vnni"} & cpu_flags())
 
 
 def test_unknown_npu_platform_is_found(write):
@@ -393,6 +442,20 @@ def test_match_host_is_a_shipped_profile_or_nothing():
         ("Intel(R) Xeon(R) 6980P", "granite-rapids"),
         ("Intel(R) Xeon(R) 6780E", "sierra-forest"),
         ("Intel(R) Xeon(R) Platinum 8380H CPU @ 2.90GHz", None),  # Cooper Lake
+        ("Intel(R) Core(TM) i7-6850K CPU @ 3.60GHz", None),  # Broadwell-E
+        ("Intel(R) Core(TM) i7-6820HQ CPU @ 2.70GHz", "skylake"),
+        ("12th Gen Intel(R) Core(TM) i3-12100F", None),  # no graphics
+        ("Intel(R) Core(TM) i9-9900KF CPU @ 3.60GHz", None),
+        ("11th Gen Intel(R) Core(TM) i5-11400F @ 2.60GHz", None),
+        ("Intel(R) Core(TM) Ultra 7 265KF", None),
+        ("13th Gen Intel(R) Core(TM) i9-13900HX", "raptor-lake"),
+        ("Intel(R) Core(TM) i9-14900HX", "raptor-lake-refresh"),
+        ("Intel(R) Core(TM) Ultra 5 238V", "lunar-lake-228v"),
+        ("Intel(R) Core(TM) Ultra 7 256V", "lunar-lake-256v"),
+        ("Intel(R) Core(TM) Ultra 5 225U", "meteor-lake-u"),
+        ("Intel(R) Core(TM) Ultra 9 386H", "panther-lake-386h"),
+        ("Intel(R) N150", "twin-lake-n150"),
+        ("Intel(R) N200", "alder-lake-n200"),
         ("AMD EPYC", None),
         ("AMD Ryzen 7 7840U", None),
     ],

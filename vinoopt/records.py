@@ -8,6 +8,7 @@ unit it has.
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import Any
 
@@ -154,8 +155,7 @@ class CpuOffline(Record):
     """How another CPU's instruction set is emulated on this host (oneDNN's ISA cap)."""
 
     isa_cap: str
-    has_vnni: bool
-    """Without VNNI, INT8 sums saturate at 16 bits: NNCF's overflow fix is on and accuracy is judged under the cap."""
+    """One of `hardware.isa.ISAS`."""
 
 
 class GpuOffline(Record):
@@ -171,9 +171,13 @@ class GpuOffline(Record):
     """The oldest driver release (`YY.WW`) that was seen to serve it."""
     architecture: str
     """`DEVICE_ARCHITECTURE`'s leading part that must come back, as `12.3`; `12.7x` leaves its last digit open."""
-    execution_units: int
     has_int8: bool
     has_xmx: bool
+
+    @property
+    def execution_units(self) -> int:
+        """What `hardware` makes."""
+        return math.prod(int(part) for part in self.hardware.split("x"))
 
 
 class NpuOffline(Record):
@@ -431,6 +435,13 @@ class RuntimeProperties(Record):
         return dict(self.items)
 
 
+class Range(Record):
+    """The ends of a 95% interval."""
+
+    low: float
+    high: float
+
+
 class Measurement(Record):
     """Latency of one contestant on one device, with what stands behind it."""
 
@@ -441,9 +452,17 @@ class Measurement(Record):
     latency_p90_ms: float | None = None
     latency_p99_ms: float | None = None
     throughput_per_s: float | None = None
+    latency_p50_range_ms: Range | None = None
+    latency_p90_range_ms: Range | None = None
+    latency_p99_range_ms: Range | None = None
+    throughput_range_per_s: Range | None = None
     samples: int = 0
     rounds_ms: tuple[float, ...] = ()
     """Median latency of each interleaved round."""
+    properties: RuntimeProperties | None = None
+    """What it was compiled with; None where that is not known."""
+    shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """Input -> shape of a request."""
     batch: int = 1
     """Samples of one call, where throughput and its rounds are counted per sample; latencies are of calls."""
     compile_ms: float | None = None

@@ -17,7 +17,6 @@ from vinoopt.errors import DeviceError
 from vinoopt.hardware import isa
 from vinoopt.hardware.profile import HOST, list_profiles
 from vinoopt.records import (
-    CpuOffline,
     Device,
     DeviceSpec,
     Figure,
@@ -127,8 +126,8 @@ def _level_of_match(brand: str) -> isa.Isa | None:
     matched = match_cpu(brand)
     for profile in list_profiles():
         spec = profile.devices.get(Device.CPU)
-        if profile.name == matched and spec is not None and isinstance(spec.offline, CpuOffline):
-            return isa.ISAS[spec.offline.isa_cap]
+        if profile.name == matched and spec is not None:
+            return isa.isa_of(spec)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 
 from vinoopt import serde
 from vinoopt.errors import ProfileError, TargetError
-from vinoopt.hardware.isa import ISAS
+from vinoopt.hardware.isa import ISAS, saturates_int8
 from vinoopt.records import (
     CpuOffline,
     DeviceSpec,
@@ -18,6 +19,7 @@ from vinoopt.records import (
     GpuOffline,
     HardwareProfile,
     NpuOffline,
+    Precision,
     Record,
     Target,
 )
@@ -31,6 +33,9 @@ _NPU_PLATFORMS = ("3720", "4000", "5010", "5020", "6010")
 _OFFLINE: dict[str, type[Record]] = {"CPU": CpuOffline, "GPU": GpuOffline, "NPU": NpuOffline}
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _GRID = re.compile(r"([1-9]\d?)x([1-9]\d?)x([1-9]\d?)")
+_GRID_LIMITS = (16, 16, 16)
+"""Far above every product; the driver takes any number."""
+_MOST_UNITS = 1024
 _PCI_ID = re.compile(r"0x[0-9a-f]{4}")
 _ARCHITECTURE = re.compile(r"\d+\.\d+x?")
 _RELEASE = re.compile(r"\d{2}\.\d{2}")
@@ -64,7 +69,7 @@ def load_profile(name_or_path: str) -> HardwareProfile:
 
         return detect_host()
     if _is_path(name_or_path):
-        return _read(Path(name_or_path).expanduser())
+        return _usable(Path(name_or_path).expanduser())
     return _shipped(name_or_path)
 
 
@@ -132,7 +137,16 @@ def _shipped(name: str) -> HardwareProfile:
             f'no hardware profile "{name}"{serde.nearest(name, [*names, HOST]) or "."} '
             f"`vinoopt profiles list` names all {len(names)}; a profile of your own is given by its path"
         )
-    return _read(profiles_folder() / f"{name}.toml")
+    return _usable(profiles_folder() / f"{name}.toml")
+
+
+def _usable(path: Path) -> HardwareProfile:
+    """The profile in a file; raises `ProfileError` with everything that `check_profile` calls an error."""
+    profile = _read(path)
+    errors = [found.message for found in _profile_findings(profile) if found.severity == "error"]
+    if errors:
+        raise ProfileError("\n".join(f"{path.name}: {message}" for message in errors))
+    return profile
 
 
 def _read(path: Path) -> HardwareProfile:
@@ -164,7 +178,10 @@ def _merged(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     if path in chain:
         circle = " -> ".join(p.name for p in (*chain[chain.index(path) :], path))
         raise ProfileError(f"{path.name}: inherits from itself: {circle}")
-    mapping = serde.read_toml(path, error=ProfileError)
+    try:
+        mapping = serde.read_toml(path, error=ProfileError)
+    except OSError as exc:  # a folder, or a file that may not be read
+        raise ProfileError(f"{path.name}: cannot be read: {exc.strerror or exc}") from exc
     schema = mapping.pop("schema", None)
     if schema != SCHEMA:
         raise ProfileError(f"{path.name}: schema = {schema!r}; this version reads schema = {SCHEMA}")
@@ -238,11 +255,21 @@ def _device_findings(spec: DeviceSpec) -> Iterator[Diagnostic]:
         "memory_bytes": spec.memory_bytes,
         "bandwidth_gb_per_s": spec.bandwidth_gb_per_s,
     }.items():
-        if figure is not None and not figure.value > 0:
-            yield _error("PROFILE_FIGURE", f"{where}.{key}: must be above zero, got {figure.value}")
+        if figure is not None and not (figure.value > 0 and math.isfinite(figure.value)):
+            message = f"{where}.{key}: must be above zero and finite, got {figure.value}"
+            yield _error("PROFILE_FIGURE", message)
     for name in spec.peak_gops:
         if name not in spec.precisions:
             yield _error("PROFILE_FIGURE", f"{where}.peak_gops.{name}: {name} is not among the precisions")
+    if spec.cores is not None and spec.cores < 1:
+        yield _error("PROFILE_FIGURE", f"{where}.cores: must be above zero, got {spec.cores}")
+    if Precision.INT8 in spec.precisions and saturates_int8(spec):
+        yield Diagnostic(
+            severity="warning",
+            code="PROFILE_INT8_SATURATES",
+            message=f"{where}.precisions: int8 is named, but this instruction set has no VNNI: INT8 sums saturate "
+            "at 16 bits and gain little; leave it out",
+        )
     missing = [] if spec.peak_gops else ["peak_gops"]
     missing += [] if spec.bandwidth_gb_per_s else ["bandwidth_gb_per_s"]
     if missing and spec.last_openvino is None:
@@ -257,14 +284,11 @@ def _device_findings(spec: DeviceSpec) -> Iterator[Diagnostic]:
 
 def _offline_findings(offline: CpuOffline | GpuOffline | NpuOffline, where: str) -> Iterator[Diagnostic]:
     if isinstance(offline, CpuOffline):
-        isa = ISAS.get(offline.isa_cap)
-        if isa is None:
+        if offline.isa_cap not in ISAS:
             known = ", ".join(ISAS)
             yield _error(
                 "PROFILE_ISA", f'{where}.isa_cap "{offline.isa_cap}": unknown to oneDNN; use {known}'
             )
-        elif isa.has_vnni != offline.has_vnni:
-            yield _error("PROFILE_ISA", f"{where}.has_vnni: {isa.cap} says {isa.has_vnni}".lower())
     elif isinstance(offline, NpuOffline):
         if offline.platform not in _NPU_PLATFORMS:
             known = ", ".join(_NPU_PLATFORMS)
@@ -280,12 +304,13 @@ def _gpu_findings(offline: GpuOffline, where: str) -> Iterator[Diagnostic]:
     if grid is None:
         yield _error("PROFILE_GPU", f'{where}.hardware "{offline.hardware}": write slices x subslices x EUs')
     else:
-        units = int(grid[1]) * int(grid[2]) * int(grid[3])
-        if units != offline.execution_units:
-            yield _error(
-                "PROFILE_GPU",
-                f"{where}.execution_units = {offline.execution_units}, but {offline.hardware} makes {units}",
-            )
+        sizes = tuple(map(int, grid.groups()))
+        if any(size > limit for size, limit in zip(sizes, _GRID_LIMITS, strict=True)):
+            limits = "x".join(map(str, _GRID_LIMITS))
+            yield _error("PROFILE_GPU", f"{where}.hardware: no GPU has {offline.hardware}; at most {limits}")
+        elif math.prod(sizes) > _MOST_UNITS:
+            message = f"{where}.hardware: {offline.hardware} makes {math.prod(sizes)} units; at most {_MOST_UNITS}"
+            yield _error("PROFILE_GPU", message)
     for key, value, pattern, example in (
         ("device_id", offline.device_id, _PCI_ID, "0x46a6"),
         ("min_driver", offline.min_driver, _RELEASE, "23.43"),
