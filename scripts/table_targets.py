@@ -33,11 +33,11 @@ from vinoopt.compression.quantize import quantize
 from vinoopt.errors import CompressionError, ToolchainError, ToolchainRefused, VinooptError
 from vinoopt.frontend.normalize import SourceModel, load_model
 from vinoopt.frontend.parity import random_samples
+from vinoopt.hardware.isa import saturates_int8
 from vinoopt.hardware.profile import resolve
 from vinoopt.records import (
     Build,
     CompressionPlan,
-    CpuOffline,
     Device,
     DeviceSpec,
     Evidence,
@@ -128,7 +128,7 @@ class Subject:
         """The INT8 model for a device's rules; the model itself where it came quantized."""
         if self.source.quantized:
             return self.source.model
-        overflow_fix = isinstance(spec.offline, CpuOffline) and not spec.offline.has_vnni
+        overflow_fix = saturates_int8(spec)
         key = (spec.kind, overflow_fix)
         if key not in self._quantized:
             plan = QuantizationPlan(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,9 +80,16 @@ class FakeChild:
         self.requests: list[dict[str, Any]] = []
 
     def __call__(
-        self, command: str, *, request: dict[str, Any], timeout_s: float, env: dict[str, str | None]
+        self,
+        command: str,
+        *,
+        request: dict[str, Any],
+        timeout_s: float,
+        env: dict[str, str | None],
+        memory_limit_bytes: int,
     ) -> ChildReply:
         self.requests.append(request)
+        assert memory_limit_bytes < psutil.virtual_memory().total
         assert env["ONEDNN_MAX_CPU_ISA"] == env["DNNL_MAX_CPU_ISA"]
         ended = ChildExit(name=command, returncode=0, seconds=0.1, peak_memory_bytes=0, stdout="", stderr="")
         return ChildReply(values=self.answer(request, env["ONEDNN_MAX_CPU_ISA"]), exit=ended)
@@ -111,6 +119,14 @@ def test_cap_that_the_host_lacks_is_refused_by_name():
         toolchain.compile(
             Path("m.xml"), cpu_of("sapphire-rapids"), properties=NONE, output=Path("b"), timeout_s=9
         )
+
+
+def test_a_weaker_set_with_the_same_sums_stands_in_for_one_that_the_host_lacks():
+    weaker = CpuIsaToolchain(flags=ISAS["AVX2_VNNI"].flags)
+    assert weaker.probe(cpu_of("lunar-lake")).version == "AVX2_VNNI"
+    assert weaker.environment(cpu_of("lunar-lake"))["ONEDNN_MAX_CPU_ISA"] == "AVX2_VNNI"
+    assert CpuIsaToolchain(flags=ALL).probe(cpu_of("lunar-lake")).version == "AVX2_VNNI_2"
+    assert "avx_vnni" in CpuIsaToolchain(flags=ISAS["AVX2"].flags).probe(cpu_of("lunar-lake")).reason
 
 
 def test_cap_that_onednn_would_ignore_is_refused():

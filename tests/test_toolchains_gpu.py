@@ -51,10 +51,17 @@ class FakeDriver:
         self.calls: list[tuple[str, bool, dict[str, str | None]]] = []
 
     def __call__(
-        self, command: str, *, request: dict[str, Any], timeout_s: float, env: dict[str, str | None]
+        self,
+        command: str,
+        *,
+        request: dict[str, Any],
+        timeout_s: float,
+        env: dict[str, str | None],
+        memory_limit_bytes: int,
     ) -> ChildReply:
         family = str(env["ProductFamilyOverride"])
         is_compile = "model" in request
+        assert memory_limit_bytes > 0
         self.calls.append((family, is_compile, env))
         values = self.families[family](is_compile)
         ended = ChildExit(name=command, returncode=0, seconds=0.1, peak_memory_bytes=0, stdout="", stderr="")
@@ -118,6 +125,15 @@ def test_environment_captures_with_exactly_one_driver(vendors: Path):
     assert env["UseAubStream"] == env["UseBindlessMode"] == "0"
     assert (env["HardwareInfoOverride"], env["ForceDeviceId"]) == ("1x2x16", "0x4680")
     assert env["AUBDumpCaptureFileName"] == "/dev/null"
+    assert env["NEO_CACHE_PERSISTENT"] == "0"
+
+
+def test_registration_that_leads_nowhere_is_passed_over(vendors: Path):
+    (vendors / "a_removed.icd").symlink_to(vendors / "gone")
+    driver = FakeDriver(adls=offers(device("alder-lake")))
+    assert GpuToolchain(vendors=vendors, run=driver).probe(gpu_of("alder-lake")).ok
+    (vendors / "intel.icd").unlink()
+    assert "no Intel OpenCL driver" in GpuToolchain(vendors=vendors, run=driver).probe(gpu_of("skylake")).reason
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ from vinoopt.yardsticks import (
     NpuYardstick,
     runtime_properties,
 )
-from vinoopt.yardsticks.base import without_intended
+from vinoopt.yardsticks.base import computes_integers, without_intended
 from vinoopt.yardsticks.modelled import ModelledBench, times_of_blocks
 
 SHAPE = (1, 16, 16, 16)
@@ -208,6 +208,12 @@ class FakeCap:
     def probe(self, spec: DeviceSpec) -> Availability:
         return Availability(ok=True, name="fake")
 
+    def environment(self, spec: DeviceSpec) -> dict[str, str | None]:
+        return {"CAP": "AVX2"}
+
+    def properties(self, spec: DeviceSpec, properties: RuntimeProperties) -> RuntimeProperties:
+        return RuntimeProperties.of({**properties.as_dict(), "FORCED": "YES"})
+
     def run_capped(self, spec: DeviceSpec, job: Any, *, timeout_s: float) -> CappedRun:
         self.jobs.append(job)
         if isinstance(job, LatencyJob):
@@ -263,6 +269,31 @@ def test_only_what_the_cap_can_change_is_run_under_it(
     assert emulated.toolchain.jobs == []
     outputs = emulated.predict(INT8_F32, quantized, data)
     assert [call["scores"].tolist() for call in outputs] == [[1.0, 1.0, 1.0]] * len(data)
+    # The plan of a model that came quantized changes nothing, and yet the cap changes its outputs.
+    came_quantized = emulated.predict(CompressionPlan(), quantized, data)
+    assert [call["scores"].tolist() for call in came_quantized] == [[1.0, 1.0, 1.0]] * len(data)
+
+
+def test_compressed_weights_are_run_under_the_cap_and_indices_are_none():
+    data = ops.parameter([1, 4], np.float32, name="x")
+    weights = ops.constant(np.ones((4, 4), np.int8))
+    scaled = ops.multiply(ops.convert(weights, np.float32), ops.constant(np.float32(0.1)))
+    product = ops.matmul(data, scaled, False, True)
+    assert computes_integers(ov.Model([ops.result(product)], [data], "compressed"))
+    shaped = ops.reshape(data, ops.constant(np.array([2, 2], np.int64)), False)
+    assert not computes_integers(ov.Model([ops.result(shaped)], [data], "reshaped"))
+
+
+def test_golden_outputs_and_replay_are_those_of_the_capped_cpu(
+    emulated: EmulatedCpuYardstick, quantized: ov.Model, data: Dataset, tmp_path: Path
+):
+    ir = tmp_path / "model.xml"
+    ov.save_model(quantized, ir)
+    (first, *others) = emulated.golden_outputs(ir, RuntimeProperties(), [data[0], data[1], data[2]])
+    assert [output.tolist() for output in first] == [[1.0, 1.0, 1.0]]
+    assert len(others) == 2
+    assert emulated.replay_on(RuntimeProperties()) == (Device.CPU, RuntimeProperties.of({"FORCED": "YES"}))
+    assert emulated.replay_environment == {"CAP": "AVX2"}
 
 
 def test_lost_outputs_are_noticed(emulated: EmulatedCpuYardstick, quantized: ov.Model, data: Dataset):
@@ -287,6 +318,11 @@ def test_capped_cpu_end_to_end(model: ov.Model, quantized: ov.Model, data: Datas
     assert times["large"] > times["small"] > 0
     reference = yardstick.predict(CompressionPlan(), model, data)
     outputs = yardstick.predict(INT8_F32, quantized, data)
+    ir = tmp_path / "golden.xml"
+    ov.save_model(quantized, ir, compress_to_fp16=False)
+    golden = yardstick.golden_outputs(ir, runtime_properties(INT8_F32, Device.CPU), [data[0], data[1]])
+    np.testing.assert_array_equal(golden[1][0], outputs[1]["scores"])
+    assert yardstick.replay_environment["ONEDNN_MAX_CPU_ISA"] == "AVX2"
     assert set(outputs[0]) == set(reference[0])
     assert (
         np.abs(outputs[0]["scores"] - reference[0]["scores"]).max()
@@ -647,8 +683,8 @@ def test_what_is_missing_is_told_before_the_first_search(
         pytest.skip("this machine has every instruction set there is")
     profile = tmp_path / "mine.toml"
     profile.write_text(
-        'schema = 1\ninherits = "family-core-avx2-gen9"\ntitle = "Mine"\n'
-        'devices.CPU.offline = { isa_cap = "AVX512_CORE_AMX_FP16", has_vnni = true }\n'
+        'schema = 1\ninherits = "family-core-avx2-gen9"\ntitle = "Mine"\nsources = ["a data sheet"]\n'
+        'devices.CPU.offline = { isa_cap = "AVX512_CORE_AMX_FP16" }\n'
     )
     events: list[Event] = []
     with pytest.raises(error, match=words):

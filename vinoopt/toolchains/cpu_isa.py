@@ -27,7 +27,7 @@ from vinoopt.records import (
     RuntimeProperties,
     Target,
 )
-from vinoopt.toolchains.process import ChildReply, run_child
+from vinoopt.toolchains.process import ChildReply, memory_limit, run_child
 from vinoopt.toolchains.standing import StandingChildren
 
 NAME = "oneDNN's instruction set cap"
@@ -188,6 +188,17 @@ class CpuIsaToolchain:
             diagnostics=tuple(_diagnostics(isa, layers)),
         )
 
+    def environment(self, spec: DeviceSpec) -> dict[str, str | None]:
+        """What makes a process of this host compute as the device does; read once, when OpenVINO first compiles.
+
+        Raises `ToolchainMissing` where this host lacks instructions.
+        """
+        return _environment(self._isa(spec).cap)
+
+    def properties(self, spec: DeviceSpec, properties: RuntimeProperties) -> RuntimeProperties:
+        """The properties with those that OpenVINO would else choose by this host's CPU; raises as `environment`."""
+        return _properties(self._isa(spec), properties)
+
     def _isa(self, spec: DeviceSpec) -> Isa:
         if not isinstance(spec.offline, CpuOffline):
             raise ToolchainMissing(f"the profile of {spec.name} names no instruction set to emulate")
@@ -197,6 +208,8 @@ class CpuIsaToolchain:
                 f'{spec.name}: "{spec.offline.isa_cap}" is not an instruction set of oneDNN'
             )
         lacking = sorted(isa.flags - self._flags)
+        if lacking and isa.stand_in is not None and ISAS[isa.stand_in].flags <= self._flags:
+            return ISAS[isa.stand_in]
         if lacking:
             raise ToolchainMissing(
                 f"CPU_ISA_NOT_ON_HOST: {spec.name} needs {isa.cap}, and this CPU lacks {', '.join(lacking)}"
@@ -206,7 +219,8 @@ class CpuIsaToolchain:
     def _capped(self, isa: Isa, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         # Times are taken in a fresh process, whose memory no other model has shaped; outputs need none.
         run = self._predict if request["op"] == "predict" else self._run
-        reply = run(WORKER, request=request, timeout_s=timeout_s, env=_environment(isa.cap))
+        limits = {"timeout_s": timeout_s, "memory_limit_bytes": memory_limit()}
+        reply = run(WORKER, request=request, env=_environment(isa.cap), **limits)
         if "compile_error" in reply.values:
             self._judge(isa, request, timeout_s, str(reply.values["compile_error"]))
         _check_effect(isa, reply.values["layers"])
@@ -216,7 +230,8 @@ class CpuIsaToolchain:
         """Raises `ToolchainRefused` where a model does not compile without the cap either, else `_CapArtefact`."""
         for model in request["models"]:
             bare = {"op": "compile", "models": [model], "properties": request["properties"]}
-            reply = self._run(WORKER, request=bare, timeout_s=timeout_s, env=_environment(None))
+            limits = {"timeout_s": timeout_s, "memory_limit_bytes": memory_limit()}
+            reply = self._run(WORKER, request=bare, env=_environment(None), **limits)
             if "compile_error" in reply.values:
                 raise ToolchainRefused(str(reply.values["compile_error"]))
         raise _CapArtefact(

@@ -27,7 +27,7 @@ from vinoopt.records import (
     RuntimeProperties,
     Target,
 )
-from vinoopt.toolchains.process import ChildReply, run_child
+from vinoopt.toolchains.process import ChildReply, memory_limit, run_child
 
 NAME = "Intel OpenCL driver"
 WORKER = "vinoopt.toolchains.gpu_worker"
@@ -47,6 +47,7 @@ _CAPTURE = {
     "UseBindlessMode": "0",  # else newer drivers abort for Meteor Lake and later
     "AUBDumpCaptureFileName": "/dev/null",
     "OCL_ICD_FILENAMES": None,
+    "NEO_CACHE_PERSISTENT": "0",  # kernels that are compiled here must not meet a device
 }
 _MAC_TYPES = {
     "convolution",
@@ -117,18 +118,22 @@ class GpuToolchain:
         def attempt(each: _Attempt, known: GpuOffline) -> Build:
             self._identify(each, known)
             request = {"model": str(model_path.resolve()), "properties": properties.as_dict()}
-            reply = self._run(WORKER, request=request, timeout_s=timeout_s, env=each.environment(known))
+            reply = self._ask(request, each.environment(known), timeout_s)
             _check_identity(reply.values["device"], known)
             return _build(spec, each, reply.values, properties)
 
         return self._first(spec, offline, attempt)
 
     def _identify(self, attempt: _Attempt, offline: GpuOffline) -> dict[str, Any]:
-        env = attempt.environment(offline)
-        reply = self._run(WORKER, request={}, timeout_s=IDENTIFY_TIMEOUT_S, env=env)
+        reply = self._ask({}, attempt.environment(offline), IDENTIFY_TIMEOUT_S)
         device: dict[str, Any] = reply.values["device"]
         _check_identity(device, offline)
         return device
+
+    def _ask(self, request: dict[str, Any], env: dict[str, str | None], timeout_s: float) -> ChildReply:
+        return self._run(
+            WORKER, request=request, env=env, timeout_s=timeout_s, memory_limit_bytes=memory_limit()
+        )
 
     def _first(self, spec: DeviceSpec, offline: GpuOffline, job: Callable[[_Attempt, GpuOffline], R]) -> R:
         """The result of the first driver and family name that serve the device."""
@@ -154,8 +159,16 @@ class GpuToolchain:
                 "compiling for a GPU that is not here needs Intel's OpenCL driver for Linux"
             )
         for icd in sorted(self._vendors.glob("*.icd")):
-            if "igdrcl" in icd.read_text(encoding="utf-8", errors="replace"):
+            if _names_intel(icd):
                 yield from (_Attempt(icd=icd, family=family) for family in offline.families)
+
+
+def _names_intel(icd: Path) -> bool:
+    """Whether a registration is of Intel's driver; one that cannot be read, as a link into nothing, is of none."""
+    try:
+        return "igdrcl" in icd.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def _offline(spec: DeviceSpec) -> GpuOffline:

@@ -44,6 +44,8 @@ from vinoopt.errors import (
 from vinoopt.records import Record
 
 PROTOCOL_VERSION = 1
+MEMORY_SHARE = 0.75
+"""Of this machine's memory: a child that takes more would take everything else down with it."""
 REQUEST_FILE = "request.json"
 REPLY_FILE = "reply.json"
 STDOUT_FILE = "stdout.log"
@@ -144,6 +146,11 @@ def run_child(
         for name, destination in (collect or {}).items():
             _collect(folder / name, destination, ended)
     return ChildReply(values=values, exit=ended)
+
+
+def memory_limit() -> int:
+    """Resident bytes that a child may take where nothing narrower is known of it."""
+    return int(MEMORY_SHARE * psutil.virtual_memory().total)
 
 
 @contextmanager
@@ -290,7 +297,7 @@ class Watch:
                 process.wait(timeout=max(0.0, min(POLL_S, deadline - time.monotonic())))
                 return peak
             except subprocess.TimeoutExpired:
-                peak = max(peak, _resident_bytes(process.pid))
+                peak = max(peak, resident_bytes(process.pid))
                 self.check(peak, is_late=time.monotonic() >= deadline)
 
     def check(self, peak: int, *, is_late: bool) -> None:
@@ -386,7 +393,8 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
+    """Resident bytes of a process and its children."""
     total = 0
     for each in _family(pid):
         with suppress(psutil.Error):

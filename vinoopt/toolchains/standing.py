@@ -40,6 +40,7 @@ class StandingChildren:
         request: Mapping[str, Any] | Record,
         timeout_s: float,
         env: Mapping[str, str | None] | None = None,
+        memory_limit_bytes: int | None = None,
     ) -> ChildReply:
         """The answer of the child of this module and environment, which is started where there is none.
 
@@ -52,7 +53,7 @@ class StandingChildren:
         if child is None:
             child = self._children[key] = _Child(argv, env or {})
         try:
-            reply = child.answer(request, timeout_s)
+            reply = child.answer(request, timeout_s, memory_limit_bytes)
         except (
             ToolchainCrashed,
             ToolchainTimeout,
@@ -94,7 +95,9 @@ class _Child:
             )
         self.close = weakref.finalize(self, _end, self._process, self._place)
 
-    def answer(self, request: Mapping[str, Any] | Record, timeout_s: float) -> ChildReply:
+    def answer(
+        self, request: Mapping[str, Any] | Record, timeout_s: float, memory_limit_bytes: int | None
+    ) -> ChildReply:
         self.answers += 1
         folder = self._folder / str(self.answers)
         folder.mkdir()
@@ -106,7 +109,8 @@ class _Child:
                 self._process.stdin.flush()
             except OSError:  # it has gone; what follows tells how
                 self._process.wait()
-        self._wait_for(folder / children.REPLY_FILE, started, timeout_s)
+        watch = children.Watch(self._name, self._folder, timeout_s, memory_limit_bytes)
+        self._wait_for(folder / children.REPLY_FILE, started, watch)
         ended = ChildExit(
             name=self._name,
             returncode=self._process.poll() or 0,
@@ -117,12 +121,13 @@ class _Child:
         )
         return ChildReply(values=children.read_reply(folder / children.REPLY_FILE, ended), exit=ended)
 
-    def _wait_for(self, reply: Path, started: float, timeout_s: float) -> None:
-        """Returns when the reply is there, or the child has gone; raises `ToolchainTimeout`."""
-        watch = children.Watch(self._name, self._folder, timeout_s, None)
+    def _wait_for(self, reply: Path, started: float, watch: children.Watch) -> None:
+        """Returns when the reply is there, or the child has gone; raises at a limit of `watch`."""
         look = _FIRST_LOOK_S
         while not reply.is_file() and self._process.poll() is None:
-            watch.check(0, is_late=time.monotonic() - started > timeout_s)
+            is_long = look >= _LONGEST_LOOK_S  # before that, looking would cost more than the answer
+            taken = children.resident_bytes(self._process.pid) if is_long else 0
+            watch.check(taken, is_late=time.monotonic() - started > watch.timeout_s)
             time.sleep(look)
             look = min(2 * look, _LONGEST_LOOK_S)
 

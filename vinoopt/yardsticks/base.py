@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -26,7 +26,7 @@ from vinoopt.records import (
     RuntimeProperties,
     Target,
 )
-from vinoopt.toolchains.host import known_as
+from vinoopt.toolchains.host import compile_here, known_as
 from vinoopt.toolchains.process import child_folder
 
 Sample: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
@@ -38,6 +38,8 @@ MAX_SAMPLES = 16
 _FLOAT_LAYER_CODES = frozenset({"CPU_FLOAT_LAYER", "GPU_FLOAT_LAYER"})
 F32 = RuntimeProperties.of({"INFERENCE_PRECISION_HINT": "f32"})
 """Exact arithmetic on this CPU, which would choose bf16 by itself where it has that."""
+_STORED_INTEGERS = frozenset({"i8", "u8", "i4", "u4", "i2", "u2"})
+"""Element types of constants that only quantized or compressed weights have; shapes and axes are wider."""
 F32_HERE = "f32 on this CPU"
 """Name of the arithmetic of `predict_in_f32`."""
 
@@ -100,6 +102,17 @@ class TargetYardstick(Yardstick, Protocol):
         """The device of this machine, and its properties, on which golden outputs are computed and replayed."""
         ...
 
+    @property
+    def replay_environment(self) -> Mapping[str, str | None]:
+        """Variables of the process that replays; None removes one. Empty: any process does."""
+        ...
+
+    def golden_outputs(
+        self, ir: Path, properties: RuntimeProperties, calls: Sequence[Sample]
+    ) -> list[list[np.ndarray[Any, Any]]]:
+        """Outputs of the IR by `replay_on`, per call in the order of the model's outputs."""
+        ...
+
 
 @contextmanager
 def about(target: Target) -> Iterator[None]:
@@ -117,6 +130,26 @@ def saved(model: ov.Model) -> Iterator[Path]:
         path = folder / "model.xml"
         ov.save_model(model, path, compress_to_fp16=False)
         yield path
+
+
+def computes_integers(model: ov.Model) -> bool:
+    """Whether a model is quantized or holds compressed weights, whatever plan it goes with."""
+    return any(
+        op.get_type_name() == "FakeQuantize"
+        or (
+            op.get_type_name() == "Constant"
+            and op.get_output_element_type(0).get_type_name() in _STORED_INTEGERS
+        )
+        for op in model.get_ops()
+    )
+
+
+def outputs_here(
+    ir: Path, device: Device, properties: RuntimeProperties, calls: Sequence[Sample]
+) -> list[list[np.ndarray[Any, Any]]]:
+    """Outputs of an IR on a device of this machine, per call in the order of the model's outputs."""
+    compiled = compile_here(ir, device, properties.as_dict())
+    return [[np.array(value) for value in compiled(dict(call)).values()] for call in calls]
 
 
 def predict_in_f32(model: ov.Model, data: Dataset) -> Predictions:

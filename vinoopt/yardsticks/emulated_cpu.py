@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -35,6 +36,7 @@ from vinoopt.yardsticks.base import (
     Entry,
     Sample,
     about,
+    computes_integers,
     predict_in_f32,
     runtime_properties,
     saved,
@@ -87,9 +89,12 @@ class EmulatedCpuYardstick:
     @property
     def notes(self) -> tuple[str, ...]:
         """Where accuracy and times come from."""
+        own = self.spec.offline.isa_cap if isinstance(self.spec.offline, CpuOffline) else self._cap
+        stands_in = "" if own == self._cap else f" ({own}, which this host lacks and whose INT8 sums are the same)"
         return (
             f"accuracy was judged, and times taken, on this host under {self._cap}, the instruction set of "
-            f"{self.spec.name}; cores, caches and clock stayed this host's: only ratios of times mean anything",
+            f"{self.spec.name}{stands_in}; cores, caches and clock stayed this host's: only ratios of times mean "
+            "anything",
         )
 
     @property
@@ -125,9 +130,10 @@ class EmulatedCpuYardstick:
     def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
         """Outputs of the candidate under the cap: those of that instruction set, saturation included.
 
-        A plan all in f32 is run without the cap: there, instruction sets differ by the order of sums alone.
+        A model all in f32 is run without the cap: there, instruction sets differ by the order of sums alone. A
+        model that came quantized is not one, though its plan changes nothing.
         """
-        if plan.quantization is None and plan.weights is None and plan.float_precision is Precision.F32:
+        if plan.float_precision is Precision.F32 and not computes_integers(model):
             return predict_in_f32(model, data)
         names = tuple(output_names(model))
         with self._saved([model]) as (path,):
@@ -175,14 +181,32 @@ class EmulatedCpuYardstick:
         return serde.replace(without_intended(build, ir), target=self.target, properties=properties)
 
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
-        """This machine's CPU without the cap: with NNCF's overflow fix both give the same within rounding."""
-        return Device.CPU, properties
+        """This machine's CPU in `replay_environment`, with what the cap needs beside the product's properties."""
+        return Device.CPU, self.toolchain.properties(self.spec, properties)
+
+    @property
+    def replay_environment(self) -> Mapping[str, str | None]:
+        """The cap."""
+        return self.toolchain.environment(self.spec)
+
+    def golden_outputs(
+        self, ir: Path, properties: RuntimeProperties, calls: Sequence[Sample]
+    ) -> list[list[np.ndarray[Any, Any]]]:
+        """Outputs under the cap: those of the product's CPU, saturation included."""
+        names = tuple(f"{number}" for number in range(len(ov.Core().read_model(ir).outputs)))
+        with child_folder() as folder:
+            given, made = folder / "calls.npz", folder / "outputs.npz"
+            write_calls(given, calls)
+            self._run(PredictJob(model=ir, calls=given, outputs=made, names=names, properties=properties))
+            return [[call[name] for name in names] for call in read_calls(made)]
 
     # ------------------------------------------------------------------ under the cap
 
     @property
     def _cap(self) -> str:
-        return self.spec.offline.isa_cap if isinstance(self.spec.offline, CpuOffline) else "no known cap"
+        """What is emulated: the profile's instruction set, or what stands in for it on this host."""
+        own = self.spec.offline.isa_cap if isinstance(self.spec.offline, CpuOffline) else "no known cap"
+        return self.toolchain.probe(self.spec).version or own
 
     def _entry(self, plan: CompressionPlan, model: ov.Model) -> Entry:
         return plan, model, runtime_properties(plan, Device.CPU)

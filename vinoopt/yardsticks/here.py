@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import openvino as ov
 
 from vinoopt import serde
@@ -23,7 +25,7 @@ from vinoopt.records import (
     Target,
 )
 from vinoopt.toolchains.host import HostToolchain, layer_times
-from vinoopt.yardsticks.base import MAX_SAMPLES, Entry, Sample, runtime_properties
+from vinoopt.yardsticks.base import MAX_SAMPLES, Entry, Sample, outputs_here, runtime_properties
 
 _SEARCH_ROUNDS = MeasureConfig(rounds=9, min_round_ms=15, warmup_ms=40)
 _REFERENCE = "float"
@@ -128,6 +130,18 @@ class HostYardstick:
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
         """The device itself."""
         return self.spec.kind, properties
+
+    @property
+    def replay_environment(self) -> Mapping[str, str | None]:
+        """Nothing: any process replays it."""
+        return {}
+
+    def golden_outputs(
+        self, ir: Path, properties: RuntimeProperties, calls: Sequence[Sample]
+    ) -> list[list[np.ndarray[Any, Any]]]:
+        """Outputs by `replay_on`."""
+        device, used = self.replay_on(properties)
+        return outputs_here(ir, device, used, calls)
 
     def _contestant(self, name: str, plan: CompressionPlan, model: ov.Model) -> Contestant:
         properties = runtime_properties(plan, self.spec.kind).as_dict()

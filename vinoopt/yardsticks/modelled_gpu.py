@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import openvino as ov
 
 from vinoopt import serde
@@ -33,6 +35,7 @@ from vinoopt.yardsticks.base import (
     Entry,
     Sample,
     about,
+    outputs_here,
     predict_in_f32,
     runtime_properties,
     saved,
@@ -150,6 +153,18 @@ class ModelledGpuYardstick:
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
         """This machine's CPU in f32: a GPU's arithmetic cannot be run here."""
         return Device.CPU, F32
+
+    @property
+    def replay_environment(self) -> Mapping[str, str | None]:
+        """Nothing: any process replays it."""
+        return {}
+
+    def golden_outputs(
+        self, ir: Path, properties: RuntimeProperties, calls: Sequence[Sample]
+    ) -> list[list[np.ndarray[Any, Any]]]:
+        """Outputs by `replay_on`."""
+        device, used = self.replay_on(properties)
+        return outputs_here(ir, device, used, calls)
 
     def _not_checked(self, properties: RuntimeProperties, exc: ToolchainError) -> Build:
         message = f"not compiled for {self.spec.name}: {exc}"

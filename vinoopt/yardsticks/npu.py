@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import openvino as ov
 
 from vinoopt import serde
@@ -34,6 +36,7 @@ from vinoopt.yardsticks.base import (
     Entry,
     Sample,
     about,
+    outputs_here,
     predict_in_f32,
     runtime_properties,
     saved,
@@ -135,6 +138,18 @@ class NpuYardstick:
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
         """This machine's CPU in f32: an NPU's arithmetic cannot be run here."""
         return Device.CPU, F32
+
+    @property
+    def replay_environment(self) -> Mapping[str, str | None]:
+        """Nothing: any process replays it."""
+        return {}
+
+    def golden_outputs(
+        self, ir: Path, properties: RuntimeProperties, calls: Sequence[Sample]
+    ) -> list[list[np.ndarray[Any, Any]]]:
+        """Outputs by `replay_on`."""
+        device, used = self.replay_on(properties)
+        return outputs_here(ir, device, used, calls)
 
     def _base(self, plan: CompressionPlan, model: ov.Model) -> RuntimeProperties:
         """What candidates are compiled with: the number of tiles that is best for the first of their kind.
