@@ -26,9 +26,11 @@ from vinoopt.bench import (
     Sample,
     compare,
     measure,
+    open_runner,
     paired_interval,
 )
 from vinoopt.bench.conditions import clock_warnings, evidence_here, round_warnings
+from vinoopt.bench.intervals import percentile_ranges
 from vinoopt.bench.protocol import least_requests, planned_rounds
 from vinoopt.errors import DataError, DeviceError, InputError, ModelError
 from vinoopt.records import Evidence, Measurement
@@ -136,6 +138,29 @@ def test_only_what_ran_side_by_side_is_compared() -> None:
         compare(_measurement("a", [1.0] * 4), _measurement("b", [1.0] * 4))
 
 
+def test_percentiles_lie_in_their_intervals_and_more_rounds_narrow_them() -> None:
+    rng = np.random.default_rng(4)
+    covered, widths = 0, {}
+    for trial in range(200):
+        moods = np.exp(rng.normal(0, 0.1, 60))  # of each round
+        rounds = [mood * np.exp(rng.normal(0, 0.02, 40)) for mood in moods]
+        for count in (15, 60):
+            (found,) = percentile_ranges(rounds[:count], (50,), seed=trial)
+            widths.setdefault(count, []).append(found.high - found.low)
+        covered += found.low <= 1.0 <= found.high
+    assert covered / 200 >= 0.88
+    assert np.median(widths[15]) > 1.6 * np.median(widths[60])  # half as wide with four times as many
+
+
+def test_every_figure_has_its_interval() -> None:
+    config = MeasureConfig(mode=MeasureMode.THROUGHPUT, rounds=6, min_round_ms=1, warmup_ms=0)
+    each = measure(_fakes([], 0.001)[:1], SAMPLES, config=config).of("a")
+    assert each.throughput_range_per_s.low <= each.throughput_per_s <= each.throughput_range_per_s.high
+    for word in ("p50", "p90", "p99"):
+        ends = getattr(each, f"latency_{word}_range_ms")
+        assert ends.low <= getattr(each, f"latency_{word}_ms") <= ends.high
+
+
 def test_a_clock_that_falls_is_reported() -> None:
     (told,) = clock_warnings(4200.0, 3100.0)
     assert "from 4200 to 3100 MHz" in told
@@ -156,6 +181,7 @@ class FakeRunner:
 
     def __init__(self, name: str, journal: list[tuple[str, int]], pause_s: float = 0.0) -> None:
         self.device, self.compile_ms, self.size_bytes = "CPU", 2.0, 7
+        self.in_flight, self.warnings = 1, ()
         self.name, self.journal, self.pause_s = name, journal, pause_s
 
     def load(self, samples: Sequence[Sample]) -> None:
@@ -260,9 +286,17 @@ def test_throughput_of_a_batch_is_samples_per_second_and_its_latency_that_of_a_c
 def test_a_turn_holds_enough_requests_to_hide_filling_and_draining() -> None:
     found = {
         (batch, requests): least_requests(requests, batch=batch)
-        for batch, requests in ((1, None), (8, None), (32, 2), (1, 2), (1, 16))
+        for batch, requests in ((1, 1), (8, 1), (32, 2), (1, 2), (1, 16))
     }
-    assert found == {(1, None): 32, (8, None): 4, (32, 2): 16, (1, 2): 32, (1, 16): 128}
+    assert found == {(1, 1): 32, (8, 1): 8, (32, 2): 16, (1, 2): 32, (1, 16): 128}
+
+
+def test_a_turn_fills_the_requests_that_the_runner_keeps_in_flight() -> None:
+    runner = FakeRunner("many", [])
+    runner.in_flight = 16
+    config = MeasureConfig(mode=MeasureMode.THROUGHPUT, rounds=5, min_round_ms=0.001, warmup_ms=0)
+    each = measure([Contestant(name="many", model=runner)], SAMPLES, config=config).of("many")
+    assert each.samples == 5 * 8 * 16
 
 
 def test_an_instruction_set_cap_makes_it_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +392,37 @@ def test_samples_may_be_read_only_or_strided(onnx_file: Path, engine: Engine) ->
     samples: list[Sample] = [{"x": fixed}, {"x": strided}]
     result = measure([Contestant(name="it", model=onnx_file, engine=engine)], samples, config=SHORT)
     assert result.of("it").samples > 0
+
+
+@pytest.mark.parametrize("mode", list(MeasureMode))
+def test_every_sample_finds_a_state_of_zero(mode: MeasureMode) -> None:
+    """A sum over calls would leave what the last call read; its blob tells what the state was."""
+    x = ops.parameter([1, 8], np.float32, name="x")
+    x.output(0).tensor.set_names({"x"})
+    kept = ops.add(ops.read_value(x, "kept", np.float32, [1, 8]), x)
+    model = ov.Model([ops.result(kept)], [ops.assign(kept, "kept")], [x], "sum")
+    runner = open_runner(Contestant(name="sum", model=model, requests=1), mode=mode)
+    runner.load([{"x": np.ones((1, 8), np.float32)}])
+    once = runner._request  # type: ignore[attr-defined]
+    for _ in range(3):
+        runner.infer(0)
+        runner.stream([0, 0])
+    assert once.output_tensors[0].data[0, 0] == 2  # its first read brings the input itself
+
+
+def test_a_format_that_the_device_does_not_compute_in_is_told(onnx_file: Path) -> None:
+    if "FP16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU computes in f16")
+    each = _one(onnx_file, properties={"INFERENCE_PRECISION_HINT": "f16"}).of("it")
+    assert any("f16 was asked for, but CPU computes in" in warning for warning in each.warnings)
+    exact = _one(onnx_file, properties={"INFERENCE_PRECISION_HINT": "f32"}).of("it")
+    assert not any("asked for" in warning for warning in exact.warnings)
+
+
+def test_the_measurement_tells_properties_and_shapes(onnx_file: Path) -> None:
+    each = _one(onnx_file, properties={"INFERENCE_NUM_THREADS": "1"}).of("it")
+    assert each.properties.as_dict() == {"INFERENCE_NUM_THREADS": "1", "PERFORMANCE_HINT": "LATENCY"}
+    assert each.shapes == {"x": (1, 8)}
 
 
 def test_a_contestant_may_bring_its_own_samples(onnx_file: Path) -> None:

@@ -132,6 +132,21 @@ def test_other_machines_are_told_and_other_modes_refused(host: HostFingerprint) 
         compare_runs(before, serde.replace(after, mode=MeasureMode.THROUGHPUT))
 
 
+@pytest.mark.parametrize("change", [{"device": "GPU"}, {"batch": 8}])
+def test_other_devices_and_batches_are_refused(host: HostFingerprint, change: dict[str, object]) -> None:
+    before = record(host, ("it", 1.0))
+    (only,) = before.measurements
+    after = serde.replace(before, measurements=(serde.replace(only, **change),))
+    with pytest.raises(InputError, match="different things: it on CPU at batch 1, it on"):
+        compare_runs(before, after)
+
+
+def test_other_inputs_are_told(host: HostFingerprint) -> None:
+    before = record(host, ("it", 1.0))
+    after = serde.replace(before, inputs="images.npz")
+    assert "measured on different inputs: not told, images.npz" in compare_runs(before, after).warnings
+
+
 def test_a_record_survives_its_file(host: HostFingerprint) -> None:
     config = MeasureConfig(rounds=5, min_round_ms=0.5, warmup_ms=1)
     contestants = [Contestant(name=name, model=wide()) for name in ("one", "other")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -10,19 +12,21 @@ import numpy as np
 import openvino as ov
 import pytest
 from click.testing import CliRunner, Result
+from openvino import opset13 as ops
 
 from vinoopt import bundle, serde
 from vinoopt.bench import Engine, MeasureConfig, MeasureMode, measure
-from vinoopt.cli.bench import bench, compare
+from vinoopt.cli.bench import _end, bench, compare
 from vinoopt.cli.options import milliseconds_from
 from vinoopt.cli.tune import tune
 from vinoopt.demo import demo_files
-from vinoopt.errors import BundleError, DataError, InputError, ModelError
+from vinoopt.errors import BundleError, DataError, InputError, ModelError, ShapeError
 from vinoopt.frontend.normalize import load_model
 from vinoopt.frontend.preprocess import read_preprocess
 from vinoopt.lineup import LineupRequest, line_up, tuning_task
 from vinoopt.records import (
     Build,
+    Comparison,
     CompileRequest,
     CompressionPlan,
     Evidence,
@@ -181,6 +185,56 @@ def test_what_cannot_run_is_refused(changes: dict[str, object], error: type[Exce
         line_up(LineupRequest(**{"model": str(DEMO.model), **changes}))
 
 
+def test_references_get_the_batch_and_the_shape_of_the_model(ir: Path) -> None:
+    for words in ({"batch": 4}, {"shape": "images[4,1,32,32]"}):
+        lineup = line_up(LineupRequest(model=str(DEMO.model), against=(str(ir), "fp32"), **words))
+        assert [each.model.input().shape for each in lineup.contestants] == [ov.Shape([4, 1, 32, 32])] * 3
+        turned = line_up(LineupRequest(model=str(ir), against=(str(DEMO.model),), **words))
+        assert [each.model.input().shape for each in turned.contestants] == [ov.Shape([4, 1, 32, 32])] * 2
+
+
+def test_a_reference_that_cannot_take_the_batch_is_refused(tmp_path: Path) -> None:
+    model = ov.Core().read_model(DEMO.model)
+    model.reshape([1, 1, 32, 32])
+    ov.save_model(model, tmp_path / "one.xml")
+    with pytest.raises(ShapeError, match="dimension 0 is 1 in the model and cannot become 4"):
+        line_up(LineupRequest(model=str(DEMO.model), against=(str(tmp_path / "one.xml"),), batch=4))
+
+
+def test_namesakes_are_told_apart(ir: Path, built: Path, tmp_path: Path) -> None:
+    for place in "ab":
+        (tmp_path / place).mkdir()
+        for suffix in (".xml", ".bin"):
+            (tmp_path / place / f"digits{suffix}").write_bytes(ir.with_suffix(suffix).read_bytes())
+    files = [str(tmp_path / place / "digits.xml") for place in "ab"]
+    names = [each.name for each in line_up(LineupRequest(model=str(DEMO.model), against=tuple(files))).contestants]
+    assert names == ["digits", *files]
+    twice = line_up(LineupRequest(model=str(built), against=(str(built),))).contestants
+    assert [each.name for each in twice] == ["build", str(built)]
+
+
+def test_sizes_that_nobody_named_are_not_invented(tmp_path: Path) -> None:
+    x = ops.parameter([1, 3, -1, -1], np.float32, name="x")
+    x.output(0).tensor.set_names({"x"})
+    ov.save_model(ov.Model([ops.relu(x)], [x], "open"), tmp_path / "open.xml")
+    request = LineupRequest(model=str(tmp_path / "open.xml"))
+    with pytest.raises(ShapeError, match=r"open \(x\[1,3,\?,\?\]\): name them with --shape, or give real inputs"):
+        line_up(request)
+    lineup = line_up(serde.replace(request, shape="x[1,3,64,48]"))
+    assert lineup.samples[0]["x"].shape == (1, 3, 64, 48)
+
+
+def test_int8_is_quantized_for_a_device_and_not_for_several() -> None:
+    with pytest.raises(InputError, match='"AUTO" stands for several'):
+        line_up(LineupRequest(model=str(DEMO.model), against=("int8",), device="AUTO", **FED))
+
+
+def test_a_second_device_of_a_kind_runs_the_bundle_of_that_kind(built: Path) -> None:
+    assert line_up(LineupRequest(model=str(built), device="CPU.1")).contestants[0].device == "CPU.1"
+    files = line_up(LineupRequest(model=str(built), device="host:CPU", against=(str(DEMO.model),))).contestants
+    assert [each.device for each in files] == ["CPU", "CPU"]
+
+
 def test_a_bundle_cannot_be_reshaped(built: Path) -> None:
     with pytest.raises(InputError, match="were fixed when it was compiled"):
         line_up(LineupRequest(model=str(built), batch=2))
@@ -208,7 +262,7 @@ def test_bench_prints_a_table_on_stdout_and_remarks_on_stderr(built: Path) -> No
     found = _invoke(bench, built, "--against", "fp32", "-t", 0.5)
     assert found.exit_code == 0
     assert found.stdout.splitlines()[1].startswith("build")
-    assert "fp32 (" in found.stdout or "fp32: no significant difference" in found.stdout
+    assert "fp32 (95% interval" in found.stdout or "fp32: no significant difference" in found.stdout
     assert "golden" in found.stderr
     assert "golden" not in found.stdout
 
@@ -220,6 +274,53 @@ def test_bench_writes_json() -> None:
     assert [each["name"] for each in whole["measurements"]] == ["digits", "fp32"]
     assert whole["comparisons"][0]["reference"] == "fp32"
     assert whole["measurements"][0]["evidence"] == "measured"
+    assert whole["inputs"] == "random"
+    assert whole["measurements"][0]["latency_p90_range_ms"]["low"] > 0
+
+
+def _hint_of(built: Path, *words: object) -> tuple[str, str]:
+    whole = json.loads(_invoke(bench, built, *words, "-t", 0.3, "--json", "--no-start-up").stdout)
+    return whole["mode"], dict(whole["measurements"][0]["properties"]["items"])["PERFORMANCE_HINT"]
+
+
+def test_a_bundle_keeps_the_hint_it_was_tuned_with_unless_another_is_given(built: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built, tmp_path / "copy"))
+    bundle.write_properties(copy, "host-cpu", RuntimeProperties.of({"PERFORMANCE_HINT": "THROUGHPUT"}))
+    assert _hint_of(copy) == ("throughput", "THROUGHPUT")
+    assert _hint_of(copy, "--hint", "latency") == ("latency", "LATENCY")
+    assert _hint_of(built) == ("latency", "LATENCY")
+
+
+def _told(*intervals: tuple[float, float, float]) -> tuple[Comparison, ...]:
+    return tuple(
+        Comparison(
+            reference="old",
+            candidate="new",
+            speedup=speedup,
+            low=low,
+            high=high,
+            is_significant=low > 1 or high < 1,
+            evidence=Evidence.MEASURED,
+        )
+        for low, speedup, high in intervals
+    )
+
+
+@pytest.mark.parametrize(
+    ("interval", "threshold", "fails"),
+    [
+        ((0.97, 1.0, 1.03), 1.2, True),
+        ((0.90, 0.94, 0.999), 0.95, False),
+        ((0.88, 0.90, 0.92), 0.95, True),
+        ((1.25, 1.3, 1.35), 1.2, False),
+        ((0.5, 0.6, 0.7), None, False),
+    ],
+)
+def test_the_gate_fails_where_even_the_upper_end_is_below(
+    interval: tuple[float, float, float], threshold: float | None, fails: bool
+) -> None:
+    with pytest.raises(click.exceptions.Exit) if fails else nullcontext():
+        _end(_told(interval), threshold)
 
 
 def test_throughput_is_asked_for_in_benchmark_apps_words() -> None:

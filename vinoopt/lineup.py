@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from vinoopt.accuracy.datasets import Dataset, load_dataset
 from vinoopt.bench import Contestant, Engine, Sample
 from vinoopt.bundle import GOLDEN, MANIFEST, golden_inputs, open_bundle
 from vinoopt.compression.quantize import quantize
-from vinoopt.errors import BundleError, DeviceError, InputError, ModelError
+from vinoopt.errors import BundleError, DeviceError, InputError, ModelError, ShapeError
 from vinoopt.frontend import shapes
 from vinoopt.frontend.load import load_onnx
 from vinoopt.frontend.normalize import SourceModel, load_model
@@ -32,6 +33,7 @@ from vinoopt.records import (
     RuntimeProperties,
     TensorSpec,
 )
+from vinoopt.toolchains.host import reason_of
 from vinoopt.tuning import TuneTask
 
 SAMPLES = 64
@@ -69,6 +71,8 @@ class Lineup:
     contestants: tuple[Contestant, ...]
     samples: tuple[Sample, ...]
     messages: tuple[str, ...]
+    origin: str
+    """Where the samples came from: `random`, `golden`, or what was given as data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +107,8 @@ def line_up(request: LineupRequest) -> Lineup:
     contestants = [main.contestant]
     for word in dict.fromkeys(request.against):
         build = _REFERENCES.get(word, _path_reference)
-        contestants.append(build(request, main, word, samples))
+        found = build(request, main, word, samples)
+        contestants.append(replace(found, name=_own_name(found.name, word, [each.name for each in contestants])))
     contestants = [
         replace(each, is_hinted=request.is_hinted, requests=request.requests, batch=request.batch or 1)
         for each in contestants
@@ -111,7 +116,15 @@ def line_up(request: LineupRequest) -> Lineup:
     messages = samples.messages
     if main.preprocess and any(each.engine is Engine.ONNXRUNTIME for each in contestants):
         messages += ("preprocessing is inside the clock of the models that embed it, and outside for onnxruntime",)
-    return Lineup(contestants=tuple(contestants), samples=samples.measured, messages=messages)
+    return Lineup(
+        contestants=tuple(contestants), samples=samples.measured, messages=messages, origin=samples.origin
+    )
+
+
+def _own_name(name: str, word: str, taken: Sequence[str]) -> str:
+    """The name, else the word it was asked for by, else that with a number: whichever nobody has."""
+    numbered = (f"{word} ({number})" for number in itertools.count(2))
+    return next(each for each in itertools.chain((name, word), numbered) if each not in taken)
 
 
 # --------------------------------------------------------------------------- the main model
@@ -135,7 +148,8 @@ def _from_bundle(request: LineupRequest, path: Path) -> _Main:
     if request.shape or request.batch or request.preprocess:
         raise InputError(f"{path} is a bundle: its shapes and preprocessing were fixed when it was compiled")
     bundle = open_bundle(path)
-    result = bundle.result(request.device)
+    kind = request.device.partition(".")[0]
+    result = bundle.result(kind if kind in list(Device) else request.device)
     folder = path / result.target.slug
     own = json.loads((folder / "runtime.json").read_text(encoding="utf-8"))
     asked: CompileRequest = bundle.manifest.request
@@ -175,7 +189,7 @@ def _from_ir(request: LineupRequest, path: Path) -> _Main:
     try:
         model = ov.Core().read_model(path)
     except RuntimeError as exc:
-        raise ModelError(f"{path} cannot be read: {str(exc).strip().splitlines()[-1]}") from exc
+        raise ModelError(f"{path} cannot be read: {reason_of(exc)}") from exc
     inputs = _port_specs(model.inputs)
     shape = _shape_text(inputs, request)
     if shape is not None:
@@ -190,9 +204,7 @@ def _from_blob(request: LineupRequest, path: Path) -> _Main:
     try:
         compiled = ov.Core().import_model(path.read_bytes(), request.device)
     except RuntimeError as exc:
-        raise DeviceError(
-            f"{path} cannot be imported on {request.device}: {str(exc).strip().splitlines()[-1]}"
-        ) from exc
+        raise DeviceError(f"{path} cannot be imported on {request.device}: {reason_of(exc)}") from exc
     return _Main(contestant=_contestant(request, path.stem, path), inputs=_port_specs(compiled.inputs))
 
 
@@ -218,8 +230,7 @@ def _shape_text(inputs: Sequence[TensorSpec], request: LineupRequest) -> str | N
     for spec in inputs:
         is_open = bool(spec.shape) and not isinstance(spec.shape[0], int)
         if spec.shape and "..." not in spec.shape and (is_open or request.batch is not None):
-            dims = (request.batch or 1, *spec.shape[1:])
-            parts.append(f"{spec.name}[{','.join(str(dim) for dim in dims)}]")
+            parts.append(_shape_words([(spec.name, (request.batch or 1, *spec.shape[1:]))]))
     return ",".join(parts) or None
 
 
@@ -243,6 +254,7 @@ class _Samples:
     calibration: Dataset | None
     """None where the inputs are too few, or not real."""
     messages: tuple[str, ...]
+    origin: str
 
 
 def _samples(request: LineupRequest, main: _Main) -> _Samples:
@@ -252,13 +264,30 @@ def _samples(request: LineupRequest, main: _Main) -> _Samples:
             source, inputs=main.inputs, preprocess=main.preprocess, allow_code=request.allow_code
         )
         measured = tuple(dataset[i] for i in range(min(len(dataset), SAMPLES)))
-        return _Samples(measured=measured, calibration=dataset, messages=dataset.messages)
+        return _Samples(measured=measured, calibration=dataset, messages=dataset.messages, origin=source)
     if main.golden is not None and main.golden.is_file():
+        golden = tuple(golden_inputs(main.golden.parent))
         message = "inputs are the bundle's golden ones"
-        return _Samples(measured=tuple(golden_inputs(main.golden.parent)), calibration=None, messages=(message,))
+        return _Samples(measured=golden, calibration=None, messages=(message,), origin="golden")
+    _require_sizes(main)
     made = random_samples(cast(SourceModel, _Inputs(main.inputs)), SAMPLES)
     message = "inputs are random numbers; give --data for real ones"
-    return _Samples(measured=tuple(made), calibration=None, messages=(message,))
+    return _Samples(measured=tuple(made), calibration=None, messages=(message,), origin="random")
+
+
+def _require_sizes(main: _Main) -> None:
+    """Refuse to make inputs of a size that nobody named: times would be those of a toy."""
+    open_ones = [spec for spec in main.inputs if any(isinstance(size, str) for size in spec.shape)]
+    if open_ones:
+        listed = _shape_words((spec.name, spec.shape) for spec in open_ones)
+        raise ShapeError(
+            f"{main.contestant.name} leaves sizes of its inputs open ({listed}): name them with --shape, or give "
+            "real inputs with --data"
+        )
+
+
+def _shape_words(shapes: Iterable[tuple[str, Sequence[int | str]]]) -> str:
+    return ",".join(f"{name}[{','.join(map(str, shape))}]" for name, shape in shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,8 +317,13 @@ def _int8_reference(request: LineupRequest, main: _Main, word: str, samples: _Sa
         raise InputError("--against int8 quantizes the float model here and needs --data to calibrate it")
     device = main.contestant.device
     plan = QuantizationPlan(subset_size=SUBSET_SIZE)
-    kind = Device(device.partition(".")[0])
-    model = quantize(main.source().model, plan, samples.calibration, device=kind)
+    kind = device.partition(".")[0]
+    if kind not in list(Device):
+        raise InputError(
+            f'--against int8 quantizes for one kind of device, and "{device}" stands for several: name it with -d, '
+            "or a quantized file with --against"
+        )
+    model = quantize(main.source().model, plan, samples.calibration, device=Device(kind))
     return Contestant(name=word, model=model, device=device, properties=_common(request))
 
 
@@ -314,18 +348,26 @@ def _path_reference(request: LineupRequest, main: _Main, word: str, samples: _Sa
     if not Path(word).exists():
         known = ", ".join(_REFERENCES)
         raise InputError(f'--against "{word}": neither a file or bundle, nor one of {known}')
-    is_onnx = Path(word).suffix == ".onnx"
+    path = Path(word)
     other = LineupRequest(
         model=word,
-        device=request.device,
+        device=request.device if path.is_dir() else main.contestant.device,
         properties=RuntimeProperties.of(_common(request)),
         is_hinted=request.is_hinted,
-        preprocess=main.preprocess if is_onnx else (),
-        shape=main.shape if is_onnx else None,
+        preprocess=main.preprocess if path.suffix == ".onnx" else (),
+        shape=_shape_for(path, main, samples),
     )
-    found = _main(other).contestant
-    name = word if found.name == main.contestant.name else found.name
-    return Contestant(name=name, model=found.model, device=found.device, properties=found.properties)
+    return _main(other).contestant
+
+
+def _shape_for(path: Path, main: _Main, samples: _Samples) -> str | None:
+    """The main model's shape for a file that can be reshaped: an ONNX file's own, else that of what is fed."""
+    if path.suffix not in (".onnx", ".xml"):
+        return None
+    if path.suffix == ".onnx" and main.onnx is not None:
+        return main.shape
+    fed = [(name, np.shape(array)) for name, array in samples.measured[0].items()]
+    return _shape_words(fed) if len(fed) > 1 else _shape_words(("", shape) for _, shape in fed)
 
 
 _REFERENCES: dict[str, Callable[[LineupRequest, _Main, str, _Samples], Contestant]] = {

@@ -85,9 +85,6 @@ def _standing_warnings() -> tuple[str, ...]:
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     if battery is not None and battery.power_plugged is False:
         found.append("the machine runs on battery")
-    load, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
-    if load > 0.5 * cores:
-        found.append(f"load average was {load:.1f} on {cores} cores before the run")
     return tuple(found)
 
 

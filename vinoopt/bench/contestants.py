@@ -19,11 +19,13 @@ import psutil
 from numpy.typing import NDArray
 
 from vinoopt.errors import DataError, DeviceError, InputError, ModelError
+from vinoopt.toolchains.host import reason_of
 
 Sample: TypeAlias = Mapping[str, NDArray[Any]]
 """One request's inputs: input name -> array of the shape and type that the model takes."""
 
 _NO_RUN = "{name}: {device} could not run it: {reason}"
+_PRECISION = "INFERENCE_PRECISION_HINT"
 
 
 class MeasureMode(str, Enum):
@@ -49,6 +51,10 @@ class Runner(Protocol):
     device: str
     compile_ms: float | None
     size_bytes: int | None
+    in_flight: int
+    """Requests that `stream` keeps in flight."""
+    warnings: tuple[str, ...]
+    """In what it is not what was asked for."""
 
     def load(self, samples: Sequence[Sample]) -> None:
         """Keep the samples ready, so that a request costs no preparation; `DataError` if they do not fit."""
@@ -97,7 +103,7 @@ def open_runner(contestant: Contestant, *, mode: MeasureMode = MeasureMode.LATEN
     if contestant.engine is Engine.ONNXRUNTIME:
         return _OnnxRuntimeRunner(contestant, mode)
     if isinstance(model, ov.CompiledModel):
-        return _OpenVinoRunner(contestant, model, compile_ms=None, size_bytes=None)
+        return _OpenVinoRunner(contestant, model, mode, compile_ms=None, size_bytes=None)
     if isinstance(model, ov.Model | Path):
         return _compiled(contestant, model, mode)
     return model
@@ -108,17 +114,22 @@ class _OpenVinoRunner:
         self,
         contestant: Contestant,
         compiled: ov.CompiledModel,
+        mode: MeasureMode,
         *,
         compile_ms: float | None,
         size_bytes: int | None,
     ) -> None:
         self.device, self.compile_ms, self.size_bytes = contestant.device, compile_ms, size_bytes
         self._name = contestant.name
-        self._compiled = compiled
         self._ports = [_Port.of(port) for port in compiled.inputs]
+        self.warnings = _other_precision(contestant, compiled)
         self._request = compiled.create_infer_request()
-        self._in_flight = contestant.requests
-        self._ring: list[ov.InferRequest] = []
+        self._has_state = bool(self._request.query_state())
+        self.in_flight = 1
+        if mode is MeasureMode.THROUGHPUT:
+            optimal = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+            self.in_flight = contestant.requests or max(optimal, 1)
+        self._ring = [self._request, *(compiled.create_infer_request() for _ in range(self.in_flight - 1))]
         self._tensors: list[dict[int, ov.Tensor]] = []
 
     def load(self, samples: Sequence[Sample]) -> None:
@@ -129,11 +140,13 @@ class _OpenVinoRunner:
 
     def infer(self, index: int) -> None:
         try:
+            if self._has_state:  # a sample must not go on where the one before it ended
+                self._request.reset_state()
             for port, tensor in self._tensors[index].items():
                 self._request.set_input_tensor(port, tensor)
             self._request.infer(share_outputs=True)
         except RuntimeError as exc:
-            raise DeviceError(_NO_RUN.format(name=self._name, device=self.device, reason=_last(exc))) from exc
+            raise self._failure(exc) from exc
 
     def stream(self, indices: Sequence[int]) -> Sequence[float]:
         """The samples through a ring of requests, taken in turn.
@@ -142,29 +155,35 @@ class _OpenVinoRunner:
         queue is taken down.
         """
         latencies: list[float] = []
+        ring = self._ring
         try:
-            ring = self._ring = self._ring or self._make_ring()
             for turn, index in enumerate(indices):
                 request = ring[turn % len(ring)]
                 if turn >= len(ring):
                     request.wait()
                     latencies.append(request.latency)
+                if self._has_state:
+                    request.reset_state()
                 request.start_async(self._tensors[index], share_inputs=True)
             for request in ring[: len(indices)]:
                 request.wait()
                 latencies.append(request.latency)
         except RuntimeError as exc:
-            raise DeviceError(_NO_RUN.format(name=self._name, device=self.device, reason=_last(exc))) from exc
+            self._end_all()
+            raise self._failure(exc) from exc
         except KeyboardInterrupt:
-            for request in self._ring:  # none may go on reading samples that are given back
-                with contextlib.suppress(RuntimeError):
-                    request.wait()
+            self._end_all()
             raise
         return tuple(latencies)
 
-    def _make_ring(self) -> list[ov.InferRequest]:
-        count = self._in_flight or max(int(self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")), 1)
-        return [self._compiled.create_infer_request() for _ in range(count)]
+    def _end_all(self) -> None:
+        """Wait for every request: none may go on reading samples that are given back."""
+        for request in self._ring:
+            with contextlib.suppress(RuntimeError):
+                request.wait()
+
+    def _failure(self, exc: RuntimeError) -> DeviceError:
+        return DeviceError(_NO_RUN.format(name=self._name, device=self.device, reason=reason_of(exc)))
 
 
 class _OnnxRuntimeRunner:
@@ -195,7 +214,9 @@ class _OnnxRuntimeRunner:
         is_stream = mode is MeasureMode.THROUGHPUT and contestant.requests != 1
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1 if is_stream else threads
-        self._requests = contestant.requests or threads or cores
+        self.in_flight = (contestant.requests or threads or cores) if mode is MeasureMode.THROUGHPUT else 1
+        self.warnings: tuple[str, ...] = ()
+        self._pool = ThreadPoolExecutor(self.in_flight)
         self._name, self.device = contestant.name, "CPU"
         self.size_bytes: int | None = contestant.model.stat().st_size if contestant.model.is_file() else None
         start = time.perf_counter_ns()
@@ -225,8 +246,7 @@ class _OnnxRuntimeRunner:
             self.infer(index)
             return (time.perf_counter_ns() - start) / 1e6
 
-        with ThreadPoolExecutor(self._requests) as pool:
-            return tuple(pool.map(timed, indices))
+        return tuple(self._pool.map(timed, indices))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,14 +314,25 @@ def _compiled(contestant: Contestant, model: ov.Model | Path, mode: MeasureMode)
             DeviceError,
         )
     compile_ms = (time.perf_counter_ns() - start) / 1e6
-    return _OpenVinoRunner(contestant, compiled, compile_ms=compile_ms, size_bytes=size)
+    return _OpenVinoRunner(contestant, compiled, mode, compile_ms=compile_ms, size_bytes=size)
 
 
 def _translated(call: Callable[[], Any], message: str, error: type[ModelError] | type[DeviceError]) -> Any:
     try:
         return call()
     except RuntimeError as exc:
-        raise error(f"{message}: {_last(exc)}") from exc
+        raise error(f"{message}: {reason_of(exc)}") from exc
+
+
+def _other_precision(contestant: Contestant, compiled: ov.CompiledModel) -> tuple[str, ...]:
+    """A sentence where the device computes in another format than it was asked for."""
+    asked = contestant.properties.get(_PRECISION)
+    if asked is None or _PRECISION not in compiled.get_property("SUPPORTED_PROPERTIES"):
+        return ()
+    used = str(compiled.get_property(_PRECISION).get_type_name())
+    if used.lower() == asked.lower():
+        return ()
+    return (f"{contestant.name}: {asked} was asked for, but {contestant.device} computes in {used}",)
 
 
 def _constant_bytes(model: ov.Model) -> int:
@@ -325,9 +356,3 @@ def _arrays(ports: Iterable[_Port], sample: Sample, where: str) -> list[NDArray[
             raise DataError(f'{where}: input "{key}" takes {port.shape}, the samples are {list(array.shape)}')
         found.append(array)
     return found
-
-
-def _last(exc: Exception) -> str:
-    """The last line of an OpenVINO error: the lines before it are its source positions."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return lines[-1] if lines else type(exc).__name__

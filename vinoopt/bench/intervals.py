@@ -1,4 +1,4 @@
-"""How much faster, and how sure: a 95% interval from paired rounds."""
+"""How sure: a 95% interval of how much faster, from paired rounds, and of each figure by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from vinoopt.errors import InputError
-from vinoopt.records import Comparison, Evidence, Measurement
+from vinoopt.records import Comparison, Evidence, Measurement, Range
 
 TRIM = 0.2
 CONFIDENCE = 0.95
@@ -20,6 +20,9 @@ INSTANCE_SPREAD = 0.005
 """Two compilations of one model differ by up to about this share for good, by where their memory lies; no
 number of rounds averages that away, so the interval never claims more."""
 MAX_CORRELATION = 0.9
+RESAMPLES = 400
+_BINS = 2000
+"""Latencies are told apart this finely, in steps of equal share."""
 
 
 class Interval(NamedTuple):
@@ -80,6 +83,45 @@ def compare(reference: Measurement, candidate: Measurement) -> Comparison:
         is_significant=low > 0 or high < 0,
         evidence=Evidence(reference.evidence),
     )
+
+
+def percentile_ranges(
+    rounds: Sequence[NDArray[np.float64]], percentiles: Sequence[float], *, seed: int = 0
+) -> tuple[Range, ...]:
+    """The 95% interval of each percentile of all values, by resampling rounds.
+
+    Whole rounds are drawn, in blocks of neighbours (circular block bootstrap, Politis and Romano 1992): inferences of
+    a round share its moment, and rounds that of those beside them.
+    """
+    values = np.concatenate(rounds)
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, min(_BINS, len(values))), method="nearest"))
+    counts = np.stack([np.bincount(np.searchsorted(edges, each), minlength=len(edges)) for each in rounds])
+    below = np.cumsum(_drawn(len(rounds), seed) @ counts, axis=1)
+    found = []
+    for percentile in percentiles:
+        wanted = below[:, -1:] * (percentile / 100)
+        places = np.minimum((below < wanted).sum(axis=1), len(edges) - 1)
+        found.append(_range(edges[places], float(np.percentile(values, percentile))))
+    return tuple(found)
+
+
+def median_range(rounds_ms: Sequence[float], *, seed: int = 0) -> Range:
+    """The 95% interval of the median of the rounds' figures, by resampling as in `percentile_ranges`."""
+    return percentile_ranges([np.array([each]) for each in rounds_ms], (50,), seed=seed)[0]
+
+
+def _drawn(rounds: int, seed: int) -> NDArray[np.int64]:
+    """How often each round comes in each resample."""
+    block = max(round(rounds ** (1 / 3)), 1)
+    starts = np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, -(-rounds // block)))
+    chosen = ((starts[:, :, None] + np.arange(block)) % rounds).reshape(RESAMPLES, -1)[:, :rounds]
+    return np.stack([np.bincount(each, minlength=rounds) for each in chosen])
+
+
+def _range(resampled: NDArray[np.float64], point: float) -> Range:
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(resampled, (tail, 100 - tail))
+    return Range(low=min(float(low), point), high=max(float(high), point))
 
 
 def _inflation(values: NDArray[np.float64]) -> float:

@@ -8,17 +8,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
 from pydantic import Field
 
 from vinoopt.bench.conditions import Watch, evidence_here, round_warnings
 from vinoopt.bench.contestants import Contestant, MeasureMode, Runner, Sample, open_runner
-from vinoopt.bench.intervals import LEAST_ROUNDS, compare
+from vinoopt.bench.intervals import LEAST_ROUNDS, compare, median_range, percentile_ranges
 from vinoopt.bench.startup import StartUp, start_up
 from vinoopt.errors import InputError, ToolchainError
-from vinoopt.records import Comparison, Evidence, Measurement, Record
+from vinoopt.records import Comparison, Evidence, Measurement, Range, Record, RuntimeProperties
 
 MAX_PER_TURN = 20_000
 SETTLE_SHARE = 0.1
@@ -26,7 +29,8 @@ SETTLE_SHARE = 0.1
 REQUESTS_TO_FILL = 32
 """A throughput turn runs at least so many samples, so that filling and draining the queue hardly count."""
 WAVES = 8
-"""For the same reason, so many times the requests in flight where a contestant names them."""
+"""For the same reason, so many times the requests in flight."""
+_PERCENTILES = (50, 90, 99)
 
 
 class MeasureConfig(Record):
@@ -76,6 +80,11 @@ class BenchResult(Record):
         """How many times faster `candidate` is than `reference`, with its 95% interval."""
         return compare(self.of(reference), self.of(candidate))
 
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """The first contestant, which the run is about, against every other one."""
+        subject, *others = (each.name for each in self.measurements)
+        return tuple(self.compare(other, subject) for other in others)
+
 
 @dataclass(slots=True)
 class _Racer:
@@ -83,12 +92,15 @@ class _Racer:
     runner: Runner
     samples: int
     batch: int
+    properties: RuntimeProperties | None
+    shapes: dict[str, tuple[int, ...]]
     first_ms: float = 0.0
     start_up: StartUp | None = None
     warnings: tuple[str, ...] = ()
     per_turn: int = 1
     rounds_ms: list[float] = field(default_factory=list)
-    latencies_ms: list[float] = field(default_factory=list)
+    latencies_ms: list[NDArray[np.float64]] = field(default_factory=list)
+    """Of each round."""
 
 
 def measure(
@@ -115,7 +127,7 @@ def measure(
     watch = Watch()
     racers = [_ready(each, samples, config) for each in contestants]
     for racer, (found, warnings) in zip(racers, starts, strict=True):
-        racer.start_up, racer.warnings = found, warnings
+        racer.start_up, racer.warnings = found, (*racer.runner.warnings, *warnings)
     rng = np.random.default_rng(config.seed)
     rounds_start = time.monotonic()
     with _without_garbage_collection():
@@ -173,14 +185,21 @@ def _ready(contestant: Contestant, common: Sequence[Sample], config: MeasureConf
     runner = open_runner(contestant, mode=config.mode)
     samples = common if contestant.samples is None else contestant.samples
     runner.load(samples)
-    racer = _Racer(name=contestant.name, runner=runner, samples=len(samples), batch=contestant.batch)
+    racer = _Racer(
+        name=contestant.name,
+        runner=runner,
+        samples=len(samples),
+        batch=contestant.batch,
+        properties=_properties(contestant, config.mode),
+        shapes={name: np.shape(array) for name, array in samples[0].items()},
+    )
     racer.first_ms = _timed(runner, 0)
     times = [_timed(runner, index % racer.samples) for index in (1, 2)]
     while sum(times) < config.warmup_ms:
         times.append(_timed(runner, len(times) % racer.samples))
     least = 1
     if config.mode is MeasureMode.THROUGHPUT:
-        least = least_requests(contestant.requests, batch=contestant.batch)
+        least = least_requests(runner.in_flight, batch=contestant.batch)
         filling = [index % racer.samples for index in range(least)]
         start = time.perf_counter_ns()
         runner.stream(filling)
@@ -190,9 +209,17 @@ def _ready(contestant: Contestant, common: Sequence[Sample], config: MeasureConf
     return racer
 
 
-def least_requests(in_flight: int | None, *, batch: int) -> int:
+def _properties(contestant: Contestant, mode: MeasureMode) -> RuntimeProperties | None:
+    """What the contestant is compiled with, where it is compiled here."""
+    if not isinstance(contestant.model, ov.Model | Path):
+        return None
+    is_blob = isinstance(contestant.model, Path) and contestant.model.suffix == ".blob"
+    return RuntimeProperties.of(dict(contestant.properties) if is_blob else contestant.hinted(mode))
+
+
+def least_requests(in_flight: int, *, batch: int) -> int:
     """How many requests a turn of throughput mode holds at least."""
-    return max(math.ceil(REQUESTS_TO_FILL / batch), WAVES * (in_flight or 0))
+    return max(math.ceil(REQUESTS_TO_FILL / batch), WAVES * in_flight)
 
 
 def _take_turn(racer: _Racer, round_number: int, mode: MeasureMode) -> None:
@@ -207,7 +234,7 @@ def _take_turn(racer: _Racer, round_number: int, mode: MeasureMode) -> None:
         start = time.perf_counter_ns()
         times = list(racer.runner.stream(indices))
         racer.rounds_ms.append((time.perf_counter_ns() - start) / 1e6 / (len(indices) * racer.batch))
-    racer.latencies_ms.extend(times)
+    racer.latencies_ms.append(np.asarray(times, np.float64))
 
 
 def _timed(runner: Runner, index: int) -> float:
@@ -217,8 +244,9 @@ def _timed(runner: Runner, index: int) -> float:
 
 
 def _measurement(racer: _Racer, mode: MeasureMode, evidence: Evidence) -> Measurement:
-    p50, p90, p99 = (float(p) for p in np.percentile(racer.latencies_ms, (50, 90, 99)))
-    is_stream = mode is MeasureMode.THROUGHPUT
+    latencies = np.concatenate(racer.latencies_ms)
+    p50, p90, p99 = (float(p) for p in np.percentile(latencies, _PERCENTILES))
+    ranges = percentile_ranges(racer.latencies_ms, _PERCENTILES)
     return Measurement(
         name=racer.name,
         device=racer.runner.device,
@@ -226,14 +254,29 @@ def _measurement(racer: _Racer, mode: MeasureMode, evidence: Evidence) -> Measur
         latency_p50_ms=p50,
         latency_p90_ms=p90,
         latency_p99_ms=p99,
-        throughput_per_s=1000 / float(np.median(racer.rounds_ms)) if is_stream else None,
-        samples=len(racer.latencies_ms),
+        latency_p50_range_ms=ranges[0],
+        latency_p90_range_ms=ranges[1],
+        latency_p99_range_ms=ranges[2],
+        **_throughput(racer, mode),
+        samples=len(latencies),
         rounds_ms=tuple(racer.rounds_ms),
+        properties=racer.properties,
+        shapes=racer.shapes,
         batch=racer.batch,
         **_start_figures(racer),
         size_bytes=racer.runner.size_bytes,
         warnings=(*racer.warnings, *round_warnings(racer.name, racer.rounds_ms)),
     )
+
+
+def _throughput(racer: _Racer, mode: MeasureMode) -> dict[str, Any]:
+    if mode is not MeasureMode.THROUGHPUT:
+        return {}
+    ms = median_range(racer.rounds_ms)
+    return {
+        "throughput_per_s": 1000 / float(np.median(racer.rounds_ms)),
+        "throughput_range_per_s": Range(low=1000 / ms.high, high=1000 / ms.low),
+    }
 
 
 def _start_figures(racer: _Racer) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -28,17 +28,27 @@ class BenchRecord(Record):
     warnings: tuple[str, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     """The subject against every other contestant of its run."""
+    inputs: str = ""
+    """Where the inputs came from: `random`, `golden`, or what was given as data."""
+    job: str = ""
+    """Of a fleet, its name there."""
+    worker: str = ""
+    """Of a fleet, the address of the machine that measured it."""
 
     @classmethod
-    def of(cls, result: BenchResult, host: HostFingerprint) -> BenchRecord:
+    def of(
+        cls, result: BenchResult, host: HostFingerprint, *, inputs: str = "", job: str = "", worker: str = ""
+    ) -> BenchRecord:
         """The record of a result; the first contestant is compared with every other."""
-        subject, *others = (each.name for each in result.measurements)
         return cls(
             host=host,
             mode=result.mode,
             measurements=result.measurements,
             warnings=result.warnings,
-            comparisons=tuple(result.compare(other, subject) for other in others),
+            comparisons=result.comparisons(),
+            inputs=inputs,
+            job=job,
+            worker=worker,
         )
 
     @property
@@ -64,13 +74,16 @@ def compare_runs(
     Where the runs share contestants, each subject is taken relative to those that ran beside it, so that a slower
     moment or another machine falls out of the ratio. Else the times themselves are compared, and only a difference
     beyond what two runs of the same thing show (5%) is significant. Raises `InputError` for runs of different
-    modes or evidence.
+    modes, evidence, devices or batches.
     """
     a, b = reference.subject, candidate.subject
     if reference.mode is not candidate.mode:
         raise InputError(f"one run measured {reference.mode}, the other {candidate.mode}; measure both alike")
     if a.evidence is not b.evidence:
         raise InputError(f"the runs rest on different evidence: {a.evidence}, {b.evidence}")
+    if (a.device, a.batch) != (b.device, b.batch):
+        one, other = (f"{each.name} on {each.device} at batch {each.batch}" for each in (a, b))
+        raise InputError(f"the runs are of different things: {one}, {other}; measure both alike")
     shared = [
         name
         for name in (each.name for each in reference.measurements[1:])
@@ -109,6 +122,12 @@ def _warnings(
     versions = (one.versions.get("openvino"), other.versions.get("openvino"))
     if versions[0] != versions[1]:
         found.append(f"measured with different OpenVINO: {versions[0]}, {versions[1]}")
+    if reference.inputs != candidate.inputs:
+        one_origin, other_origin = (each.inputs or "not told" for each in (reference, candidate))
+        found.append(f"measured on different inputs: {one_origin}, {other_origin}")
+    one_shapes, other_shapes = reference.subject.shapes, candidate.subject.shapes
+    if one_shapes and other_shapes and one_shapes != other_shapes:
+        found.append(f"measured on inputs of different shapes: {_words(one_shapes)}, {_words(other_shapes)}")
     if not shared:
         found.append(
             "the runs share no contestant, so whatever changed on the machine between them is in the ratio; for a "
@@ -117,6 +136,10 @@ def _warnings(
     for record, name in zip((reference, candidate), names, strict=True):
         found += [f"{name}: {warning}" for warning in (*record.warnings, *record.subject.warnings)]
     return tuple(found)
+
+
+def _words(shapes: Mapping[str, Sequence[int]]) -> str:
+    return " ".join(f"{name}[{','.join(map(str, shape))}]" for name, shape in shapes.items())
 
 
 def _relative(record: BenchRecord, name: str) -> tuple[float, float]:

@@ -14,6 +14,7 @@ import psutil
 
 from vinoopt.bench.contestants import Contestant, Engine, Runner, open_runner
 from vinoopt.errors import DeviceError
+from vinoopt.toolchains.host import reason_of
 from vinoopt.toolchains.process import serve
 
 _MORE_RUNS = 9
@@ -59,7 +60,7 @@ def _opened(contestant: Contestant, path: Path) -> Runner:
     try:
         compiled = ov.Core().compile_model(path, contestant.device, dict(contestant.properties))
     except RuntimeError as exc:
-        raise DeviceError(f"{contestant.name}: {str(exc).strip().splitlines()[-1]}") from exc
+        raise DeviceError(f"{contestant.name}: {reason_of(exc)}") from exc
     return open_runner(Contestant(name=contestant.name, model=compiled, device=contestant.device))
 
 

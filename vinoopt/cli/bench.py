@@ -10,10 +10,10 @@ import click
 from vinoopt.cli.options import preprocess_from, preprocess_options
 
 if TYPE_CHECKING:
-    from vinoopt.bench import BenchResult
-    from vinoopt.fleet import FleetReport, Job, Measured
-    from vinoopt.lineup import Lineup
-    from vinoopt.records import Comparison, Measurement
+    from vinoopt.bench import BenchRecord, BenchResult
+    from vinoopt.fleet import FleetReport, Job
+    from vinoopt.lineup import Lineup, LineupRequest
+    from vinoopt.records import Comparison, Measurement, Range
 
 SLOWER = 3
 """Exit code where `--fail-below` is not met."""
@@ -37,9 +37,10 @@ def measuring_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _OPTIONS = (
     click.option("-d", "--device", default="CPU", show_default=True, help="Device, or a bundle's target."),
     click.option(
-        "--hint", "-hint", type=click.Choice(list(_HINTS)), default="latency", show_default=True,
+        "--hint", "-hint", type=click.Choice(list(_HINTS)),
         help="Measure one request at a time, or as many in flight as the device likes; none: in flight, without a "
-        "performance hint, so that --nstreams, --nireq and --nthreads count alone.",
+        "performance hint, so that --nstreams, --nireq and --nthreads count alone.  [default: the hint that a bundle "
+        "was tuned with, else latency]",
     ),
     click.option("--nstreams", "-nstreams", help="NUM_STREAMS."),
     click.option("--nireq", "-nireq", type=click.IntRange(1),
@@ -56,7 +57,7 @@ _OPTIONS = (
     preprocess_options,
     click.option("--allow-code", is_flag=True, help="Let --data import module:attribute."),
     click.option("--fail-below", type=click.FloatRange(min=0), metavar="FACTOR",
-                 help="Exit with 3 where the model is significantly slower, and below this speed-up."),
+                 help="Exit with 3 where the whole 95% interval of the speed-up, so its upper end, lies below this."),
     click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout."),
 )  # fmt: skip
 
@@ -110,40 +111,60 @@ def compare(reference: str, candidate: str, **options: Any) -> None:
 
 
 def _compare_records(reference: str, candidate: str, *, fail_below: float | None, as_json: bool) -> None:
-    from pathlib import Path
+    from vinoopt.bench import compare_runs
+    from vinoopt.cli.show import strict_json
+    from vinoopt.report import comparison_line
 
-    from vinoopt import serde
-    from vinoopt.bench import BenchRecord, compare_runs
-    from vinoopt.errors import InputError
-
-    records = []
-    for name in (reference, candidate):
-        if not Path(name).is_file():
-            raise InputError(f"{name}: no such file")
-        records.append(serde.from_json(BenchRecord, Path(name).read_text(encoding="utf-8"), where=name))
+    records = [_record(name) for name in (reference, candidate)]
     found = compare_runs(*records, names=(reference, candidate))
     for warning in found.warnings:
         click.echo(warning, err=True)
     if as_json:
-        click.echo(found.model_dump_json(indent=2))
+        click.echo(strict_json(found))
     else:
         through = f", relative to {', '.join(found.through)} of each run" if found.through else ""
-        click.echo(f"{sentence(found.comparison)}{through}")
+        click.echo(f"{comparison_line(found.comparison)}{through}")
     _end([found.comparison], fail_below)
+
+
+def _record(name: str) -> BenchRecord:
+    """The run in a file of `vinoopt bench --json`, or the only one in a fleet's."""
+    import json
+    from pathlib import Path
+
+    from vinoopt import serde
+    from vinoopt.bench import BenchRecord
+    from vinoopt.errors import InputError
+
+    if not Path(name).is_file():
+        raise InputError(f"{name}: no such file")
+    text = Path(name).read_text(encoding="utf-8")
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as exc:
+        raise InputError(f"{name}: not JSON: {exc}") from exc
+    if isinstance(whole, dict) and "unmeasured" in whole:
+        runs = whole.get("measured", [])
+        if len(runs) != 1:
+            raise InputError(f"{name} holds {len(runs)} runs: compare files of one run each, as with one --on")
+        (whole,) = runs
+    return serde.from_mapping(BenchRecord, whole, where=name)
 
 
 def _run(
     model: str, against: tuple[str, ...], *, fail_below: float | None, as_json: bool, **options: Any
 ) -> None:
+    from vinoopt.bench import BenchRecord
+    from vinoopt.cli.show import strict_json
     from vinoopt.fleet import measure_job
 
     lineup, (job,) = _jobs(model, against, (None,), **options)
     measured = measure_job(job)
-    result, comparisons = measured.result, comparisons_of(measured.result)
-    for message in (*lineup.messages, *result.warnings):
+    for message in (*lineup.messages, *measured.result.warnings):
         click.echo(message, err=True)
-    click.echo(to_json(measured) if as_json else to_text(result, comparisons))
-    _end(comparisons, fail_below)
+    record = BenchRecord.of(measured.result, measured.host, inputs=lineup.origin)
+    click.echo(strict_json(record) if as_json else to_text(measured.result))
+    _end(record.comparisons, fail_below)
 
 
 def _run_on_fleet(
@@ -162,10 +183,10 @@ def _run_on_fleet(
     report = run(jobs, scheduler=scheduler, on_outcome=lambda each: click.echo(f"done: {each.job}", err=True))
     for message in lineup.messages:
         click.echo(message, err=True)
-    click.echo(_fleet_json(report) if as_json else _fleet_text(report))
+    click.echo(_fleet_json(report, lineup.origin) if as_json else _fleet_text(report))
     for lack in report.unmeasured:
         click.echo(f"not measured: {lack.job}: {lack.reason}", err=True)
-    _end([c for each in report.measured for c in comparisons_of(each.result)], fail_below)
+    _end([c for each in report.measured for c in each.result.comparisons()], fail_below)
     if report.unmeasured:
         raise click.exceptions.Exit(1)
 
@@ -176,7 +197,7 @@ def _jobs(
     places: Sequence[str | None],
     *,
     seconds: float,
-    hint: str,
+    hint: str | None,
     start_up: bool,
     **options: Any,
 ) -> tuple[Lineup, list[Job]]:
@@ -186,7 +207,9 @@ def _jobs(
     from vinoopt.lineup import line_up
 
     lineup = line_up(_request(model, against, hint=hint, **options))
-    mode = MeasureMode.LATENCY if hint == "latency" else MeasureMode.THROUGHPUT
+    tuned_for = lineup.contestants[0].properties.get("PERFORMANCE_HINT", "LATENCY")
+    is_latency = hint == "latency" or (hint is None and tuned_for == "LATENCY")
+    mode = MeasureMode.LATENCY if is_latency else MeasureMode.THROUGHPUT
     name = lineup.contestants[0].name
     jobs = [
         Job(
@@ -201,31 +224,29 @@ def _jobs(
     return lineup, jobs
 
 
-def comparisons_of(result: BenchResult) -> list[Comparison]:
-    """The main model, which comes first, against every other one."""
-    main, *others = (each.name for each in result.measurements)
-    return [result.compare(other, main) for other in others]
-
-
 def _end(comparisons: Sequence[Comparison], fail_below: float | None) -> None:
-    slow = [each for each in comparisons if _is_slow(each, fail_below)]
+    """Exit code 3 where a speed-up is below the threshold beyond doubt: even the upper end of its interval is."""
+    slow = [] if fail_below is None else [each for each in comparisons if each.high < fail_below]
     for each in slow:
         click.echo(
-            f"{each.candidate} reaches {each.speedup:.3f}x of {each.reference}: below {fail_below}x", err=True
+            f"{each.candidate} reaches {each.speedup:.3f}x of {each.reference}, at most {each.high:.3f}x: "
+            f"below {fail_below}x",
+            err=True,
         )
     if slow:
         raise click.exceptions.Exit(SLOWER)
 
 
-def _fleet_json(report: FleetReport) -> str:
-    import json
+def _fleet_json(report: FleetReport, inputs: str) -> str:
+    from vinoopt.bench import BenchRecord
+    from vinoopt.cli.show import strict_json
 
-    def whole(each: Measured) -> dict[str, Any]:
-        comparisons = [c.model_dump(mode="json") for c in comparisons_of(each.result)]
-        return {**each.model_dump(mode="json"), "comparisons": comparisons}
-
-    lacks = [each.model_dump(mode="json") for each in report.unmeasured]
-    return json.dumps({"measured": [whole(each) for each in report.measured], "unmeasured": lacks}, indent=2)
+    records = [
+        BenchRecord.of(each.result, each.host, inputs=inputs, job=each.job, worker=each.worker)
+        for each in report.measured
+    ]
+    whole = {"measured": records, "unmeasured": report.unmeasured}
+    return strict_json({key: [each.model_dump(mode="json") for each in part] for key, part in whole.items()})
 
 
 def _fleet_text(report: FleetReport) -> str:
@@ -233,7 +254,7 @@ def _fleet_text(report: FleetReport) -> str:
         "\n".join(
             (
                 f"{each.job}: {each.host.cpu} ({each.worker}), OpenVINO {each.host.versions['openvino']}",
-                to_text(each.result, comparisons_of(each.result)),
+                to_text(each.result),
                 *each.result.warnings,
             )
         )
@@ -241,12 +262,12 @@ def _fleet_text(report: FleetReport) -> str:
     )
 
 
-def _request(model: str, against: tuple[str, ...], *, hint: str, **options: Any) -> Any:
+def _request(model: str, against: tuple[str, ...], *, hint: str | None, **options: Any) -> LineupRequest:
     from vinoopt.lineup import LineupRequest
     from vinoopt.records import RuntimeProperties
 
     properties = {
-        "PERFORMANCE_HINT": _HINTS[hint],
+        "PERFORMANCE_HINT": None if hint is None else _HINTS[hint],
         "NUM_STREAMS": options["nstreams"],
         "PERFORMANCE_HINT_NUM_REQUESTS": options["nireq"],
         "INFERENCE_NUM_THREADS": options["nthreads"],
@@ -258,8 +279,8 @@ def _request(model: str, against: tuple[str, ...], *, hint: str, **options: Any)
         against=against,
         device=options["device"],
         properties=RuntimeProperties.of(given),
-        is_hinted=_HINTS[hint] is not None,
-        requests=None if hint == "latency" else options["nireq"],
+        is_hinted=hint != "none",
+        requests=None if hint in (None, "latency") else options["nireq"],
         data=options["data"],
         preprocess=preprocess_from(options),
         shape=options["shape"],
@@ -268,19 +289,10 @@ def _request(model: str, against: tuple[str, ...], *, hint: str, **options: Any)
     )
 
 
-def _is_slow(comparison: Comparison, fail_below: float | None) -> bool:
-    return fail_below is not None and comparison.is_significant and comparison.speedup < fail_below
-
-
-def to_json(measured: Measured) -> str:
-    """The run as the record that `vinoopt compare` reads."""
-    from vinoopt.bench import BenchRecord
-
-    return BenchRecord.of(measured.result, measured.host).model_dump_json(indent=2)
-
-
-def to_text(result: BenchResult, comparisons: list[Comparison]) -> str:
+def to_text(result: BenchResult) -> str:
     """A table of measurements and a sentence per comparison."""
+    from vinoopt.report import comparison_line
+
     rows = [_COLUMNS, *(_row(each) for each in result.measurements)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = [
@@ -290,34 +302,25 @@ def to_text(result: BenchResult, comparisons: list[Comparison]) -> str:
         )
         for row in rows
     ]
-    lines += ["", *(sentence(each) for each in comparisons)]
+    lines += ["", *(comparison_line(each) for each in result.comparisons())]
     lines += [warning for each in result.measurements for warning in each.warnings]
     return "\n".join(lines).rstrip()
 
 
-def sentence(comparison: Comparison) -> str:
-    """`a is 1.31x as fast as b (95% interval 1.28 to 1.34)`, or that there is no significant difference."""
-    c = comparison
-    interval = f"95% interval {c.low:.3f} to {c.high:.3f}"
-    if not c.is_significant:
-        return (
-            f"{c.candidate} against {c.reference}: no significant difference ({c.speedup:.3f}x, {interval})"
-        )
-    return f"{c.candidate} is {c.speedup:.3f}x as fast as {c.reference} ({interval}, {c.evidence})"
-
-
 _COLUMNS = (
-    "", "p50 ms", "p90 ms", "p99 ms", "per s",
+    "", "p50 ms (95%)", "p90 ms", "p99 ms", "per s",
     "compile ms", "(cached)", "first ms", "(cached)", "peak MB", "weights kB",
 )  # fmt: skip
 
 
 def _row(m: Measurement) -> tuple[str, ...]:
+    timed = (
+        _with_range(m.latency_p50_ms, m.latency_p50_range_ms),
+        _with_range(m.latency_p90_ms, m.latency_p90_range_ms),
+        _with_range(m.latency_p99_ms, m.latency_p99_range_ms),
+        _with_range(m.throughput_per_s, m.throughput_range_per_s),
+    )
     figures = (
-        m.latency_p50_ms,
-        m.latency_p90_ms,
-        m.latency_p99_ms,
-        m.throughput_per_s,
         m.compile_ms,
         m.cached_compile_ms,
         m.first_inference_ms,
@@ -325,4 +328,11 @@ def _row(m: Measurement) -> tuple[str, ...]:
         None if m.peak_memory_bytes is None else m.peak_memory_bytes / 1e6,
         None if m.size_bytes is None else m.size_bytes / 1000,
     )
-    return (m.name, *("-" if value is None else f"{value:.4g}" for value in figures))
+    return (m.name, *timed, *(_with_range(value, None) for value in figures))
+
+
+def _with_range(value: float | None, ends: Range | None) -> str:
+    """`2.31 (2.28-2.4)`: a figure and its 95% interval."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if ends is None else f"{value:.4g} ({ends.low:.4g}-{ends.high:.4g})"

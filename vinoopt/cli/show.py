@@ -1,16 +1,33 @@
-"""Progress on stderr: a line that moves on a terminal, plain lines elsewhere."""
+"""What commands show: JSON on stdout; progress on stderr, a line that moves on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import json
+import math
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from vinoopt.records import Event
+from vinoopt.records import Event, Record
 
 _LASTING = frozenset({"trial", "data"})
 """Stages whose messages stay on the screen."""
+
+
+def strict_json(value: Record | dict[str, Any]) -> str:
+    """JSON that every reader takes: what is no finite number is null."""
+    whole = value.model_dump(mode="json") if isinstance(value, Record) else value
+    return json.dumps(_finite(whole), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Console:

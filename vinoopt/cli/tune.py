@@ -64,6 +64,7 @@ def tune(model: str | None, model_option: str | None, **options: Any) -> None:
     if (model is None) == (model_option is None):
         raise click.UsageError("give the model once: as MODEL, or with -m")
     from vinoopt import tuning
+    from vinoopt.cli.show import strict_json
 
     goal = tuning.Goal(_GOALS[options["goal"]])
     is_auto = options["batch"] == AUTO
@@ -89,7 +90,7 @@ def tune(model: str | None, model_option: str | None, **options: Any) -> None:
     if options["output"] is not None:
         options["output"].write_text(properties_json(result) + "\n", encoding="utf-8")
     if options["as_json"]:
-        click.echo(result.model_dump_json(indent=2))
+        click.echo(strict_json(result))
     else:
         click.echo(to_text(result) + (f"\n{batch_text(result)}" if is_auto else ""))
 
@@ -132,12 +133,12 @@ def properties_json(result: TuneResult) -> str:
 
 def to_text(result: TuneResult) -> str:
     """The properties, and the sentence that tells what they gain."""
-    from vinoopt.cli.bench import sentence
+    from vinoopt.report import comparison_line
 
     verdict = (
         "the default stays: no setting was faster"
         if result.comparison is None
-        else sentence(result.comparison)
+        else comparison_line(result.comparison)
     )
     return f"{properties_json(result)}\n{verdict}"
 
@@ -146,7 +147,7 @@ def batch_text(result: TuneResult) -> str:
     """The batch that brings more samples per second, what it gains and costs, and the properties at it."""
     import json
 
-    from vinoopt.cli.bench import sentence
+    from vinoopt.report import comparison_line
 
     choice = result.batched
     if choice is None:
@@ -155,5 +156,5 @@ def batch_text(result: TuneResult) -> str:
     return (
         f"batch: {choice.batch} (the model keeps its own; for these properties compile it at this batch)\n"
         f"{json.dumps(choice.properties.as_dict(), indent=2)}\n"
-        f"in samples, {sentence(choice.comparison)}: {per_s or 0:.4g} per s, p90 {p90 or 0:.3g} ms per call"
+        f"in samples, {comparison_line(choice.comparison)}: {per_s or 0:.4g} per s, p90 {p90 or 0:.3g} ms per call"
     )

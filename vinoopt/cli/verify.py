@@ -29,12 +29,12 @@ def command(ctx: click.Context, /, bundle: Path, seconds: float, rebuild: bool, 
     Exit codes: 0 fit for this machine (warnings included), 1 not fit or nothing could be checked, 2 not a bundle.
     """
     from vinoopt.bundle import open_bundle
-    from vinoopt.serde import to_json
+    from vinoopt.cli.show import strict_json
     from vinoopt.verification import verify
 
     found = verify(open_bundle(bundle), seconds=seconds, rebuild=rebuild)
     if as_json:
-        click.echo(to_json(found, indent=2))
+        click.echo(strict_json(found))
     else:
         for check in found.checks:
             click.echo(f"{check.state!s:12s} {check.name}: {check.detail}")
