@@ -348,7 +348,9 @@ def test_what_saturates_follows_from_the_instruction_set(target: str, saturates:
 
 def test_cpus_of_this_kind_without_a_known_instruction_set_count_as_saturating():
     spec = detect_host().devices[Device.CPU].model_copy(update={"offline": None})
-    told = {name: saturates_int8(spec.model_copy(update={"architecture": name})) for name in ("x86_64", "aarch64")}
+    told = {
+        name: saturates_int8(spec.model_copy(update={"architecture": name})) for name in ("x86_64", "aarch64")
+    }
     assert told == {"x86_64": True, "aarch64": False}
     if cpu_flags():
         assert saturates_int8(spec) is not bool({"avx512_vnni", "avx_vnni"} & cpu_flags())

@@ -133,7 +133,9 @@ def test_registration_that_leads_nowhere_is_passed_over(vendors: Path):
     driver = FakeDriver(adls=offers(device("alder-lake")))
     assert GpuToolchain(vendors=vendors, run=driver).probe(gpu_of("alder-lake")).ok
     (vendors / "intel.icd").unlink()
-    assert "no Intel OpenCL driver" in GpuToolchain(vendors=vendors, run=driver).probe(gpu_of("skylake")).reason
+    assert (
+        "no Intel OpenCL driver" in GpuToolchain(vendors=vendors, run=driver).probe(gpu_of("skylake")).reason
+    )
 
 
 @pytest.mark.parametrize(

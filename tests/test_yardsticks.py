@@ -22,7 +22,14 @@ from vinoopt.compression.judge import Judge
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.search import SearchResult
 from vinoopt.demo import demo_files
-from vinoopt.errors import InputError, TargetError, ToolchainCrashed, ToolchainMissing, ToolchainRefused
+from vinoopt.errors import (
+    InputError,
+    TargetError,
+    ToolchainCrashed,
+    ToolchainMissing,
+    ToolchainRefused,
+    ToolchainTimeout,
+)
 from vinoopt.frontend.preprocess import read_preprocess
 from vinoopt.hardware.detect import cpu_flags, detect_host
 from vinoopt.hardware.isa import ISAS
@@ -52,6 +59,7 @@ from vinoopt.store import Store, cache_folder
 from vinoopt.toolchains.calls import read_calls, write_calls
 from vinoopt.toolchains.cpu_isa import BlockTimesJob, CappedRun, CpuIsaToolchain, LatencyJob, PredictJob
 from vinoopt.toolchains.gpu import GpuToolchain
+from vinoopt.toolchains.host import known_as
 from vinoopt.toolchains.npu import NpuEstimate, NpuToolchain
 from vinoopt.yardsticks import (
     EmulatedCpuYardstick,
@@ -535,6 +543,62 @@ def test_layers_that_were_left_in_float_on_purpose_are_no_finding(quantized: ov.
     ]
 
 
+@pytest.mark.parametrize(
+    ("precision", "kernel"), [("f16", "convolution_gpu"), ("i8", "convolution_gpu_ref__i8")]
+)
+def test_layer_that_the_driver_left_behind_does_not_count_at_the_peak_of_int8(
+    precision: str, kernel: str, model: ov.Model, quantized: ov.Model, data: Dataset
+):
+    class Behind(FakeGpu):
+        def compile(self, path: Path, spec: DeviceSpec, **options: Any) -> Build:
+            build = super().compile(path, spec, **options)
+            layer = LayerReport(name="large", type="Convolution", precision=precision, kernel=kernel)
+            return build.model_copy(update={"layers": (layer,)})
+
+    def slowed(yardstick: ModelledGpuYardstick) -> ModelledGpuYardstick:
+        """So slow at computing that memory does not hide the difference."""
+        peaks = {
+            name: figure.model_copy(update={"value": figure.value / 1e3})
+            for name, figure in yardstick.spec.peak_gops.items()
+        }
+        yardstick.spec = yardstick.spec.model_copy(update={"peak_gops": peaks})
+        return yardstick
+
+    well = slowed(gpu("alder-lake:GPU", model, data))
+    ill = slowed(gpu("alder-lake:GPU", model, data))
+    ill.toolchain = Behind()
+    assert ill.measure(INT8, quantized).latency_p50_ms > 1.5 * well.measure(INT8, quantized).latency_p50_ms
+    blind = slowed(gpu("alder-lake:GPU", model, data, ToolchainMissing("no driver")))
+    assert blind.measure(INT8, quantized).latency_p50_ms == well.measure(INT8, quantized).latency_p50_ms
+
+
+def test_shapes_that_depend_on_data_are_a_refusal_of_this_target(data: Dataset):
+    images = ops.parameter(list(SHAPE), np.float32, name="images")
+    images.output(0).set_names({"images"})
+    places = ops.non_zero(images, "i64")
+    open_ended = ov.Model([ops.result(ops.convert(places, np.float32))], [images], "open")
+    with pytest.raises(
+        ToolchainRefused, match=r'"alder-lake:GPU": its latency cannot be modelled.*fixed shapes'
+    ):
+        gpu("alder-lake:GPU", open_ended, data).require()
+
+
+def test_driver_that_hangs_costs_its_time_limit_once(model: ov.Model, quantized: ov.Model, data: Dataset):
+    class Hanging(FakeGpu):
+        asked = 0
+
+        def compile(self, path: Path, spec: DeviceSpec, **options: Any) -> Build:
+            self.asked += 1
+            raise ToolchainTimeout("did not end within 900 s")
+
+    yardstick = gpu("alder-lake:GPU", model, data)
+    yardstick.toolchain = driver = Hanging()
+    yardstick.require()
+    yardstick.check(INT8, quantized)
+    assert yardstick.measure(INT8, quantized).latency_p50_ms > 0
+    assert driver.asked == 1
+
+
 @pytest.mark.parametrize("error", [ToolchainMissing("no driver"), ToolchainCrashed("SIGFPE")])
 def test_missing_driver_fails_no_run(error: Exception, model: ov.Model, data: Dataset, tmp_path: Path):
     properties = RuntimeProperties.of({"PERFORMANCE_HINT": "LATENCY"})
@@ -619,6 +683,9 @@ def test_gpu_end_to_end(model: ov.Model, quantized: ov.Model, data: Dataset, tmp
     build = yardstick.compile(ir, runtime_properties(INT8, Device.GPU), tmp_path / "model.blob")
     assert build.evidence is Evidence.COMPILED
     assert {layer.precision for layer in build.layers if layer.type == "Convolution"} <= {"i8", "u8"}
+    names = {layer.name for layer in build.layers if layer.type == "Convolution"}
+    assert len(names) == 2
+    assert names <= set(known_as(quantized, ["large", "small"]))  # what the cost model knows them by
 
 
 def test_host_is_measured_and_replayed_on_itself(model: ov.Model, data: Dataset):

@@ -8,12 +8,12 @@ half-filled vector, so it is a lower bound and good for ranking, never a measure
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import openvino as ov
 
 from vinoopt.errors import ShapeError
-from vinoopt.records import Device, DeviceSpec, Evidence, Precision, Record
+from vinoopt.records import DeviceSpec, Evidence, Precision, Record
 
 SOURCE = (
     "roofline of the profile's peak rates and bandwidth: a lower bound without launch overhead and caches"
@@ -52,12 +52,8 @@ class LayerCost(Record):
     """Products that are added up; two operations each."""
     weights: int
     """Elements of constants that the layer reads."""
-    weight_bytes: int
-    """The same as the IR stores them."""
     activations: int
     """Elements of tensors that the layer reads and writes."""
-    activation_bytes: int
-    """The same in the IR's types."""
     is_modelled: bool = True
     """False for control flow, whose body is not counted."""
 
@@ -99,6 +95,13 @@ def layer_costs(model: ov.Model) -> tuple[LayerCost, ...]:
     return tuple(cost for node in model.get_ordered_ops() for cost in _cost(node, constants))
 
 
+def layers_with_products(model: ov.Model) -> tuple[str, ...]:
+    """Names of the layers that multiply and add, in execution order."""
+    return tuple(
+        node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() in _MACS
+    )
+
+
 def layer_precisions(model: ov.Model) -> dict[str, Precision]:
     """Layers with products whose activations and weights are both quantized, by name: all are INT8."""
     return {
@@ -114,11 +117,13 @@ def roofline(
     *,
     precisions: Mapping[str, Precision] | None = None,
     float_precision: Precision | None = None,
+    on_vector_units: Collection[str] = (),
 ) -> Roofline:
     """The latency that the device's peak rates and bandwidth leave room for, layer by layer.
 
     `precisions` names layers that are not computed in `float_precision`; None: what `layer_precisions` finds.
-    A format without native arithmetic counts as the device's fastest float format, with a note. Raises
+    `on_vector_units` names layers whose kernel leaves matrix and INT8 arithmetic unused: they compute at the
+    rate of f32. A format without native arithmetic counts as the device's fastest float format, with a note. Raises
     `ShapeError` where a shape is not fixed.
     """
     wanted = layer_precisions(model) if precisions is None else precisions
@@ -131,7 +136,13 @@ def roofline(
         return Roofline(latency_ms=None, missing=missing, notes=notes)
     bandwidth = spec.bandwidth_gb_per_s.value
     layers = tuple(
-        _layer_time(cost, _executed(spec, wanted.get(cost.name, default)), spec, bandwidth) for cost in costs
+        _layer_time(
+            cost,
+            precision := _executed(spec, wanted.get(cost.name, default)),
+            bandwidth=bandwidth,
+            gops=_rate(spec, precision, is_slow=cost.name in on_vector_units),
+        )
+        for cost in costs
     )
     return Roofline(latency_ms=sum(layer.ms for layer in layers), layers=layers, notes=notes)
 
@@ -139,14 +150,19 @@ def roofline(
 # --------------------------------------------------------------------------- time
 
 
-def _layer_time(cost: LayerCost, precision: Precision, spec: DeviceSpec, bandwidth: float) -> LayerTime:
+def _rate(spec: DeviceSpec, precision: Precision, *, is_slow: bool) -> float:
+    slow = spec.peak_gops.get(Precision.F32) if is_slow else None
+    return (slow or spec.peak_gops[precision]).value
+
+
+def _layer_time(cost: LayerCost, precision: Precision, *, bandwidth: float, gops: float) -> LayerTime:
     operations = 2.0 * cost.macs
     moved = (cost.weights + cost.activations) * _BYTES[precision]
     return LayerTime(
         name=cost.name,
         type=cost.type,
         precision=precision,
-        compute_ms=operations / (spec.peak_gops[precision].value * 1e6) if cost.macs else 0.0,
+        compute_ms=operations / (gops * 1e6) if cost.macs else 0.0,
         memory_ms=moved / (bandwidth * 1e6),
     )
 
@@ -174,8 +190,6 @@ def _notes(spec: DeviceSpec, costs: tuple[LayerCost, ...], wanted: set[Precision
     unknown = sorted({cost.type for cost in costs if not cost.is_modelled})
     if unknown:
         notes.append(f"the bodies of {', '.join(unknown)} are not counted")
-    if spec.kind is Device.NPU:
-        notes.append("the NPU is given the whole memory bandwidth of the product")
     return tuple(notes)
 
 
@@ -203,9 +217,7 @@ def _cost(node: ov.Node, constants: set[str]) -> Iterator[LayerCost]:
         type=kind,
         macs=_MACS[kind](node) if kind in _MACS else 0,
         weights=sum(_size(port) for port in held),
-        weight_bytes=sum(_stored_bytes(port) for port in held),
         activations=sum(_size(port) for port in ports),
-        activation_bytes=sum(_size(port) * port.get_element_type().size for port in ports),
         is_modelled=kind not in _NOT_MODELLED,
     )
 
@@ -236,16 +248,6 @@ def _shape(port: ov.Output) -> tuple[int, ...]:
 
 def _size(port: ov.Output) -> int:
     return math.prod(_shape(port))
-
-
-def _stored_bytes(port: ov.Output) -> int:
-    """Bytes of the constant behind a weight, as the IR stores it; scales and zero points are left out."""
-    node = port.get_node()
-    while node.get_type_name() in _CONSTANT_CARRIERS:
-        node = node.input_value(0).get_node()
-    if node.get_type_name() == "Constant":
-        return int(node.get_byte_size())
-    return _size(port) * int(port.get_element_type().size)
 
 
 def _is_quantized(port: ov.Output) -> bool:

@@ -309,7 +309,9 @@ def _gpu_findings(offline: GpuOffline, where: str) -> Iterator[Diagnostic]:
             limits = "x".join(map(str, _GRID_LIMITS))
             yield _error("PROFILE_GPU", f"{where}.hardware: no GPU has {offline.hardware}; at most {limits}")
         elif math.prod(sizes) > _MOST_UNITS:
-            message = f"{where}.hardware: {offline.hardware} makes {math.prod(sizes)} units; at most {_MOST_UNITS}"
+            message = (
+                f"{where}.hardware: {offline.hardware} makes {math.prod(sizes)} units; at most {_MOST_UNITS}"
+            )
             yield _error("PROFILE_GPU", message)
     for key, value, pattern, example in (
         ("device_id", offline.device_id, _PCI_ID, "0x46a6"),

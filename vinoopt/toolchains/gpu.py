@@ -220,7 +220,7 @@ def _build(
 ) -> Build:
     device = values["device"]
     layers = tuple(LayerReport(**layer) for layer in values["layers"])
-    mac = [layer for layer in layers if layer.type.lower() in _MAC_TYPES]
+    mac = [layer for layer in layers if has_products(layer)]
     in_int8 = [layer for layer in mac if layer.precision in _INT8]
     return Build(
         target=Target(profile=spec.name, device=Device.GPU),
@@ -236,7 +236,7 @@ def _build(
             "architecture": str(device["architecture"]),
             "mac_layers": str(len(mac)),
             "mac_layers_int8": str(len(in_int8)),
-            "mac_layers_reference": str(sum(_is_reference(layer) for layer in mac)),
+            "mac_layers_reference": str(sum(is_reference(layer) for layer in mac)),
             "compile_seconds_on_this_host": f"{values['seconds']:.2f}",
         },
     )
@@ -262,10 +262,10 @@ def _diagnostics(
         for layer in left_in_float:
             message = f"left in {layer.precision} ({layer.kernel}) although the model is quantized"
             yield Diagnostic(severity="warning", code="GPU_FLOAT_LAYER", message=message, layer=layer.name)
-    for layer in filter(_is_reference, mac):
+    for layer in filter(is_reference, mac):
         message = f"runs on a reference kernel ({layer.kernel}), which is slow"
         yield Diagnostic(severity="warning", code="GPU_REFERENCE_KERNEL", message=message, layer=layer.name)
-    others = [layer for layer in layers if _is_reference(layer) and layer not in mac]
+    others = [layer for layer in layers if is_reference(layer) and layer not in mac]
     if others:
         message = f"{len(others)} layers without products run on reference kernels: " + _words(
             {layer.type for layer in others}
@@ -273,7 +273,13 @@ def _diagnostics(
         yield Diagnostic(severity="info", code="GPU_REFERENCE_KERNELS", message=message)
 
 
-def _is_reference(layer: LayerReport) -> bool:
+def has_products(layer: LayerReport) -> bool:
+    """Whether an executed layer multiplies and adds."""
+    return layer.type.lower() in _MAC_TYPES
+
+
+def is_reference(layer: LayerReport) -> bool:
+    """Whether a layer runs on a kernel that is written to be right, not fast."""
     return "_ref" in layer.kernel
 
 

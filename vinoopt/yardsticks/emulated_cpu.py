@@ -90,7 +90,9 @@ class EmulatedCpuYardstick:
     def notes(self) -> tuple[str, ...]:
         """Where accuracy and times come from."""
         own = self.spec.offline.isa_cap if isinstance(self.spec.offline, CpuOffline) else self._cap
-        stands_in = "" if own == self._cap else f" ({own}, which this host lacks and whose INT8 sums are the same)"
+        stands_in = (
+            "" if own == self._cap else f" ({own}, which this host lacks and whose INT8 sums are the same)"
+        )
         return (
             f"accuracy was judged, and times taken, on this host under {self._cap}, the instruction set of "
             f"{self.spec.name}{stands_in}; cores, caches and clock stayed this host's: only ratios of times mean "

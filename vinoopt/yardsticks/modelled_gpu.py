@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,16 @@ import openvino as ov
 from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions
-from vinoopt.cost_model import Roofline, roofline
-from vinoopt.errors import TargetError, ToolchainCrashed, ToolchainError, ToolchainMissing, ToolchainTimeout
+from vinoopt.cost_model import Roofline, layer_precisions, layers_with_products, roofline
+from vinoopt.errors import (
+    ShapeError,
+    TargetError,
+    ToolchainCrashed,
+    ToolchainError,
+    ToolchainMissing,
+    ToolchainRefused,
+    ToolchainTimeout,
+)
 from vinoopt.records import (
     Build,
     CompressionPlan,
@@ -22,13 +31,15 @@ from vinoopt.records import (
     DeviceSpec,
     Diagnostic,
     Evidence,
+    LayerReport,
     Measurement,
     Precision,
     RuntimeProperties,
     Target,
 )
 from vinoopt.store import digest
-from vinoopt.toolchains.gpu import GpuToolchain
+from vinoopt.toolchains.gpu import GpuToolchain, has_products, is_reference
+from vinoopt.toolchains.host import known_as
 from vinoopt.yardsticks.base import (
     F32,
     F32_HERE,
@@ -46,6 +57,7 @@ from vinoopt.yardsticks.modelled import ModelledBench, times_of_blocks
 
 _TIMEOUT_S = 900.0
 _FLOATS = (Precision.F16, Precision.F32)
+_BUILT_FLOATS = {"f16": Precision.F16, "f32": Precision.F32}
 _SKIPPED: tuple[type[ToolchainError], ...] = (ToolchainMissing, ToolchainCrashed, ToolchainTimeout)
 """What says nothing about the model."""
 
@@ -62,11 +74,19 @@ class ModelledGpuYardstick:
     toolchain: GpuToolchain = field(default_factory=GpuToolchain)
     _builds: dict[str, Build] = field(default_factory=dict, init=False)
     """By content of IR and properties: what is chosen has been compiled before it is written."""
+    _refusals: dict[str, ToolchainRefused] = field(default_factory=dict, init=False)
+    """The same."""
+    _hung: ToolchainTimeout | None = field(default=None, init=False)
+    """The first time-out: a driver that hangs for one candidate would for the next, and costs its limit once."""
+    _kernels: dict[tuple[bool, str], LayerReport] = field(default_factory=dict, init=False)
+    """Whether it is quantized, and name of a layer -> what the driver made of it in the first build that had it."""
+    _has_quantized_build: bool = field(default=False, init=False)
 
     def require(self) -> None:
         """Raises `TargetError` where the profile lacks figures that the cost model needs.
 
-        Raises `ToolchainRefused` where the GPU's compiler, if it is here, refuses the float model.
+        Raises `ToolchainRefused` where the GPU's compiler, if it is here, refuses the float model, or its shapes
+        depend on its data, so that it cannot be timed by arithmetic.
         """
         needed = {each for each in self.spec.precisions if each in (*_FLOATS, Precision.INT8)}
         lacking = [f"peak_gops.{each}" for each in sorted(needed) if each not in self.spec.peak_gops]
@@ -80,6 +100,7 @@ class ModelledGpuYardstick:
         properties = runtime_properties(CompressionPlan(float_precision=self.float_precisions[0]), Device.GPU)
         with about(self.target), saved(self.reference) as path:
             self.compile(path, properties, path.with_name("model.blob"))
+            self._roofline(CompressionPlan(float_precision=self.float_precisions[0]), self.reference)
 
     @property
     def float_precisions(self) -> tuple[Precision, ...]:
@@ -91,8 +112,9 @@ class ModelledGpuYardstick:
         """Where accuracy and times come from."""
         return (
             "accuracy was judged on this CPU in f32; the GPU's f16 arithmetic is not emulated",
-            f"latency is modelled from the peak rates and bandwidth of {self.spec.name}: a lower bound that ranks "
-            "variants and is not a measurement",
+            f"latency is modelled from the peak rates and bandwidth of {self.spec.name}, with the precisions and "
+            "kernels that its driver chose where that is here: a lower bound that ranks variants and is not a "
+            "measurement",
         )
 
     @property
@@ -140,14 +162,23 @@ class ModelledGpuYardstick:
         content = digest(
             serde.to_json(properties), *(_sha256(ir.with_suffix(end)) for end in (".xml", ".bin"))
         )
+        if content in self._refusals:
+            raise self._refusals[content]
         if content not in self._builds:
+            if self._hung is not None:
+                return self._not_checked(properties, self._hung)
             try:
                 build = self.toolchain.compile(
                     ir, self.spec, properties=properties, output=output, timeout_s=_TIMEOUT_S
                 )
+            except ToolchainRefused as exc:
+                self._refusals[content] = exc
+                raise
             except _SKIPPED as exc:
+                self._hung = exc if isinstance(exc, ToolchainTimeout) else None
                 return self._not_checked(properties, exc)
             self._builds[content] = serde.replace(without_intended(build, ir), target=self.target)
+            self._learn(ov.Core().read_model(ir), build)
         return self._builds[content]
 
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
@@ -192,8 +223,38 @@ class ModelledGpuYardstick:
             warnings=found.notes,
         )
 
+    def _learn(self, model: ov.Model, build: Build) -> None:
+        """Keeps what the driver made of each layer with products; a layer keeps its name in all candidates."""
+        names, quantized = layers_with_products(model), layer_precisions(model)
+        owners = known_as(model, names)
+        for layer in filter(has_products, build.layers):
+            if layer.name in owners:
+                block = owners[layer.name]
+                self._kernels.setdefault((block in quantized, block), layer)
+
     def _roofline(self, plan: CompressionPlan, model: ov.Model) -> Roofline:
-        return roofline(model, self.spec, float_precision=plan.float_precision)
+        """By what the driver makes of the layers, as far as it is known: the first quantized model is compiled."""
+        quantized = layer_precisions(model)
+        if quantized and not self._has_quantized_build:
+            self._has_quantized_build = True
+            with suppress(ToolchainRefused):  # told again where the candidate is checked
+                self.check(plan, model)
+        built = {name: self._kernels.get((name in quantized, name)) for name in layers_with_products(model)}
+        known = {name: layer for name, layer in built.items() if layer is not None}
+        precisions = {
+            name: _BUILT_FLOATS.get(known[name].precision, asked) if name in known else asked
+            for name, asked in quantized.items()
+        }
+        try:
+            return roofline(
+                model,
+                self.spec,
+                precisions=precisions,
+                float_precision=plan.float_precision,
+                on_vector_units=[name for name, layer in known.items() if is_reference(layer)],
+            )
+        except ShapeError as exc:
+            raise ToolchainRefused(f"its latency cannot be modelled: {exc}") from exc
 
 
 def _sha256(path: Path) -> str:
