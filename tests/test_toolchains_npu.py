@@ -32,6 +32,7 @@ from vinoopt.records import (
     RuntimeProperties,
 )
 from vinoopt.toolchains import npu_preflight
+from vinoopt.toolchains.host import RUNTIME_REQUIREMENTS
 from vinoopt.toolchains.npu import NpuToolchain
 from vinoopt.toolchains.npu_routes import (
     NpuPlaces,
@@ -164,7 +165,7 @@ def test_build_says_what_was_modelled_and_by_what(fake, ir):
     assert ir.with_name("model.blob").read_bytes().startswith(b"blob of")
     assert build.details["tiles"] == "4"
     assert build.details["int_share"] == "0.7500"
-    assert "compiler=8.4;npu=4000" in build.details["compatibility"]
+    assert "compiler=8.4;npu=4000" in build.details[RUNTIME_REQUIREMENTS]
     assert "VPUNN" in build.details["source"]
     assert "2 to 3 times higher" in build.details["source"]
     [warning] = build.diagnostics
@@ -234,6 +235,11 @@ def test_quantizers_that_run_on_their_own_are_told(fake, ir):
             "print('[ERROR] 1:2 [x] Upper bounds are not specified', flush=True); os._exit(5)",
             ToolchainRefused,
             "exit code 5 after complaining: Upper bounds",
+        ),
+        (
+            "print('[ERROR] 1:2 [x] Upper bounds are not specified', flush=True); os.abort()",
+            ToolchainCrashed,
+            "died with SIGABRT after complaining: Upper bounds",
         ),
         ("os._exit(0)", ToolchainCrashed, "exit code 0 and no answer.*twice"),
         ("os.abort()", ToolchainCrashed, "SIGABRT and no answer"),
@@ -327,6 +333,27 @@ def test_estimate_is_kept_by_content(fake, ir, tmp_path):
     assert fake.runs() == 4
 
 
+def test_estimates_of_another_library_under_the_same_version_are_made_anew(fake, ir):
+    fake("succeed()", library_stamp="1-1").estimate_latency(ir, npu(), NONE)
+    fake("succeed()", library_stamp="1-1").estimate_latency(ir, npu(), NONE)
+    assert fake.runs() == 1
+    fake("succeed()", library_stamp="1-2").estimate_latency(ir, npu(), NONE)
+    assert fake.runs() == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="routes of Linux")
+def test_stamp_follows_the_library(tmp_path):
+    names = ("libopenvino_intel_npu_compiler.so", "libopenvino_intel_npu_compiler_loader.so")
+    stamps = []
+    for content in (b"one", b"another"):
+        for name in names:
+            (tmp_path / name).write_bytes(content)
+        places = NpuPlaces(cache=tmp_path, compiler_folder=tmp_path)
+        (route,) = [o.route for o in find_routes("9999", places) if o.route and o.route.shadowed_library]
+        stamps.append(route.library_stamp)
+    assert stamps[0] != stamps[1]
+
+
 def test_failed_estimate_is_not_kept(fake, ir):
     toolchain = fake("os._exit(1) if run <= 2 else succeed()")
     with pytest.raises(ToolchainCrashed):
@@ -414,6 +441,36 @@ def test_operator_known_to_one_platform_only():
     model = ov.Model([ops.result(node)], [values], "t")
     assert findings(model, "4000") == [("NPU_OPERATOR", "error", "tan")]
     assert findings(model, "5010") == []
+
+
+def test_operator_of_a_set_that_the_compiler_does_not_read():
+    values = ops.parameter([1, 4, 8, 8], np.float32, name="values")
+    node = ov.opset14.max_pool(values, [1, 1], [1, 1], [0, 0], [0, 0], [2, 2])
+    node.set_friendly_name("pool")
+    model = ov.Model([ops.result(node.output(0))], [values], "p")
+    found = npu_preflight.check(model, "4000", newest_opset=13)
+    assert [(each.code, each.severity, each.layer) for each in found] == [("NPU_OPSET", "error", "pool")]
+    assert "up to opset13" in found[0].message
+    assert npu_preflight.check(model, "4000") == ()
+
+
+def test_pooling_that_rounds_as_torch_does_is_refused():
+    values = ops.parameter([1, 4, 8, 8], np.float32, name="values")
+    found = {}
+    for rounding in ("ceil", "ceil_torch"):
+        node = ov.opset14.avg_pool(values, [2, 2], [0, 0], [0, 0], [3, 3], False, rounding)
+        found[rounding] = [each[0] for each in findings(ov.Model([ops.result(node)], [values], "p"))]
+    assert found == {"ceil": [], "ceil_torch": ["NPU_OPERATOR"]}
+
+
+def test_scattering_that_adds_up_is_refused():
+    values = ops.parameter([4, 4], np.float32, name="values")
+    rows, news = ops.constant(np.array([[1], [2]], np.int32)), ops.constant(np.ones((2, 4), np.float32))
+    found = {}
+    for reduction in ("none", "sum"):
+        node = ops.scatter_nd_update(values, rows, news, reduction)
+        found[reduction] = [each[0] for each in findings(ov.Model([ops.result(node)], [values], "s"))]
+    assert found == {"none": [], "sum": ["NPU_OPERATOR"]}
 
 
 def test_operator_refused_in_one_form_only():

@@ -15,6 +15,7 @@ from openvino import opset15 as ops
 from vinoopt.errors import ToolchainCrashed, ToolchainError, ToolchainRefused, ToolchainTimeout
 from vinoopt.records import Device, DeviceSpec, Evidence, NpuOffline, Precision, RuntimeProperties
 from vinoopt.toolchains import npu_preflight
+from vinoopt.toolchains.host import RUNTIME_REQUIREMENTS
 from vinoopt.toolchains.npu import NpuToolchain
 from vinoopt.toolchains.npu_compiler import CompilerCall, call_compiler
 from vinoopt.toolchains.npu_routes import NpuPlaces, Route, find_routes
@@ -100,7 +101,7 @@ def test_blob_and_modelled_latency_without_an_npu(toolchain, models, tmp_path, p
     build = build_for(toolchain, models["float"], tmp_path / "model.blob", platform)
     assert build.evidence is Evidence.MODELLED
     assert not build.is_lower_bound
-    assert f"npu={platform};" in build.details["compatibility"]
+    assert f"npu={platform};" in build.details[RUNTIME_REQUIREMENTS]
     assert build.latency_ms == pytest.approx(sum(each.time_us for each in build.layers) / 1000, rel=0.01)
     layers = {each.name: each for each in build.layers}
     assert {"conv0", "conv1", "conv2", "conv3"} <= set(layers)

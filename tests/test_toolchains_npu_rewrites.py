@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import openvino as ov
 import pytest
 from openvino import opset13 as ops
 
-from vinoopt.toolchains.npu_rewrites import explained, rewrite
+from vinoopt.toolchains.npu_rewrites import explained, rewrite, rewrite_file
 
 SIZE, CHANNELS = 6, 16
 RANGES = {"u8": (0.0, 4.0, 256), "i8": (-4.0, 3.96875, 256), "odd": (-0.37, 2.91, 256)}
@@ -85,6 +87,21 @@ def test_what_compiles_is_left_alone(model: ov.Model, platform: str) -> None:
     kinds = [node.get_type_name() for node in model.get_ordered_ops()]
     assert rewrite(model, platform) == ()
     assert [node.get_type_name() for node in model.get_ordered_ops()] == kinds
+
+
+def test_file_is_replaced_by_one_that_computes_the_same_and_only_where_it_must(tmp_path: Path) -> None:
+    ir = tmp_path / "model.xml"
+    ov.save_model(padded(to="convolution"), ir, compress_to_fp16=False)
+    before = outputs(ov.Core().read_model(ir))
+    (told,) = rewrite_file(ir, "4000")
+    assert told.layer == "shortcut"
+    after = ov.Core().read_model(ir)
+    assert "Pad" not in {node.get_type_name() for node in after.get_ops()}
+    np.testing.assert_allclose(outputs(after), before, rtol=1e-5, atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    written = ir.read_bytes()
+    assert rewrite_file(ir, "4000") == ()
+    assert ir.read_bytes() == written
 
 
 def test_border_of_a_picture_is_not_touched() -> None:

@@ -368,9 +368,6 @@ class FakeNpu:
             layer_us={"large": 5.0, "small": 1.0, "(scheduling)": 2.0},
             is_lower_bound=True,
             uncounted=1,
-            blob_bytes=1,
-            dpu_us=1,
-            memory_bound=0,
             source="a fake",
             warnings=("TopK counts as nothing",),
         )
@@ -456,6 +453,17 @@ def test_npu_blob_is_compiled_with_tuned_options_and_says_so(
     assert (tmp_path / "model.blob").read_bytes() == b"blob"
     (told,) = [each for each in build.diagnostics if each.code == "NPU_TUNED"]
     assert "NPU_TILES=4" in told.message
+
+
+def test_npu_bundle_holds_the_network_that_the_compiler_took(npu: NpuYardstick, tmp_path: Path):
+    picture = ops.parameter(list(SHAPE), np.float32, name="images")
+    wider = ops.pad(picture, [0, 0, 0, 0], [0, 16, 0, 0], "constant", np.float32(0))
+    kernel = ops.constant(np.ones((4, 32, 1, 1), np.float32))
+    node = ops.convolution(wider, kernel, [1, 1], [0, 0], [0, 0], [1, 1])
+    ir = tmp_path / "model.xml"
+    ov.save_model(ov.Model([ops.result(node)], [picture], "padded"), ir, compress_to_fp16=False)
+    npu.compile(ir, RuntimeProperties(), tmp_path / "model.blob")
+    assert "Pad" not in {op.get_type_name() for op in ov.Core().read_model(ir).get_ops()}
 
 
 @pytest.mark.offline

@@ -61,11 +61,6 @@ class NpuEstimate(Record):
     is_lower_bound: bool
     uncounted: int
     """Kinds of programs, and tasks, that the cost model counts as nothing."""
-    tiles: int | None = None
-    blob_bytes: int
-    dpu_us: float
-    memory_bound: float
-    """Share of the latency in which only copies run."""
     source: str
     warnings: tuple[str, ...] = Field(default=())
 
@@ -135,7 +130,7 @@ class NpuToolchain:
         """
         route = self._route(spec, needs_cost_model=True)
         form = sorted(NpuEstimate.model_fields)
-        key = (route.version, harness_sha256(), form, npu_rewrites.VERSION)
+        key = (route.version, route.library_stamp, harness_sha256(), form, npu_rewrites.VERSION)
         store = Store.open(*key, root=self.places.cache / "npu-estimates")
         content = _content_key(model_path, _platform(spec), properties)
 
@@ -302,10 +297,6 @@ def _estimate_of(build: Build) -> NpuEstimate:
         layer_us=layer_us,
         is_lower_bound=build.is_lower_bound,
         uncounted=int(details["uncounted"]),
-        tiles=int(details["tiles"]) if details["tiles"] else None,
-        blob_bytes=int(details["blob_bytes"]),
-        dpu_us=float(details["dpu_us"]),
-        memory_bound=float(details["memory_bound"]),
         source=details["source"],
         warnings=tuple(each.message for each in build.diagnostics if each.severity == "warning"),
     )

@@ -20,7 +20,8 @@ MODE_PARAMS = "NPU_COMPILATION_MODE_PARAMS"
 WEIGHTS_SPARSITY = "enable-weights-sparsity"
 TRACE_PARAMS = ("enable-schedule-trace=true", "dump-task-stats=true")
 TRACE_FILE = "compileTimeScheduleTrace.json"
-ASKED = ("RUNTIME_REQUIREMENTS", "NPU_COMPILER_VERSION")
+REQUIREMENTS = "RUNTIME_REQUIREMENTS"
+ASKED = (REQUIREMENTS, "NPU_COMPILER_VERSION")
 BLOB_FILE = "model.blob"
 MEMORY_LIMIT_BYTES = 8 << 30
 """Twelve layers of BERT-base take 0.7 GB, so what reaches this has lost its way."""
@@ -44,7 +45,6 @@ class CompilerOutput:
     """Everything the compiler printed, without colours."""
     schedule: Mapping[str, Any] | None
     """The Chrome trace of the schedule; None where the route has no cost model."""
-    peak_memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +113,6 @@ def _call_once(route: Route, call: CompilerCall, blob: Path | None) -> CompilerO
             values=answer["properties"],
             log=log,
             schedule=_read_schedule(folder / TRACE_FILE) if route.has_cost_model else None,
-            peak_memory_bytes=ended.peak_memory_bytes,
         )
         if blob is not None:
             _keep(folder / BLOB_FILE, blob)
@@ -158,6 +157,11 @@ def _checked_answer(log: str, ended: ChildExit) -> Mapping[str, Any]:
     if answer is None and not complaints:
         raise _SilentEndError(
             f"the NPU compiler ended with {ended.cause} and no answer. {_last_line(ended.stderr)}"
+        )
+    if answer is None and ended.is_crash:
+        raise ToolchainCrashed(
+            f"the NPU compiler died with {ended.cause} after complaining: {'; '.join(complaints)}; whether it would "
+            "refuse the model is not known"
         )
     if answer is None:
         raise ToolchainRefused(

@@ -16,6 +16,8 @@ from vinoopt.errors import ModelError, ToolchainRefused
 from vinoopt.frontend.shapes import require_static, spec_shape
 from vinoopt.records import Device, Diagnostic, TensorSpec
 
+NEWEST_OPSET = 17
+"""The newest set of operators that the compiler reads."""
 MAX_PORT_RANK = 5
 """Inside the graph more dimensions compile; at its inputs and outputs they do not."""
 
@@ -41,11 +43,15 @@ _BOXES = "end the network at boxes and scores and select boxes on the CPU"
 _UNROLL = "export the network with the steps unrolled, or with LSTM or GRU layers"
 
 OPERATORS: dict[str, Refused] = {
+    "AvgPool": Refused(
+        fix="pool with rounding floor or ceil", applies=_has("rounding_type", "ceil_torch", "CEIL_TORCH")
+    ),
     "BinaryConvolution": Refused(fix="use an ordinary convolution"),
     "Bucketize": Refused(fix="let it give i32 indices", applies=_has("output_type", "i64")),
     "Col2Im": Refused(fix=_ON_CPU),
     "DeformableConvolution": Refused(fix="use an ordinary convolution, or " + _ON_CPU),
     "EmbeddingBagOffsets": Refused(fix="use Gather and ReduceSum"),
+    "EmbeddingBagPacked": Refused(fix="use Gather and ReduceSum"),
     "GRUCell": Refused(
         fix="set linear_before_reset, or use a GRU layer", applies=_has("linear_before_reset", False)
     ),
@@ -59,7 +65,12 @@ OPERATORS: dict[str, Refused] = {
     "Multinomial": Refused(fix=_ON_CPU),
     "RNNCell": Refused(fix=_UNROLL),
     "RNNSequence": Refused(fix=_UNROLL),
+    "ScatterNDUpdate": Refused(
+        fix="let it replace values, without a reduction",
+        applies=_has("reduction", "sum", "sub", "prod", "min", "max"),
+    ),
     "SearchSorted": Refused(fix=_ON_CPU),
+    "SegmentMax": Refused(fix=_ON_CPU),
     "SliceScatter": Refused(fix="use Concat or ScatterUpdate"),
     "Tan": Refused(fix="use Sin divided by Cos", platforms=frozenset({"3720", "4000"})),
     "Unique": Refused(fix=_ON_CPU),
@@ -88,7 +99,7 @@ def read_ir(model_path: Path) -> ov.Model:
         raise ModelError(f"{model_path}: OpenVINO cannot read this IR: {lines[-1].strip()}") from exc
 
 
-def check(model: ov.Model, platform: str) -> tuple[Diagnostic, ...]:
+def check(model: ov.Model, platform: str, *, newest_opset: int = NEWEST_OPSET) -> tuple[Diagnostic, ...]:
     """Everything known to stand in the way (`error`) or to cost much (`warning`), layer by layer.
 
     Raises `ShapeError` for open dimensions of the inputs, with the `--shape` that fixes them: with those the
@@ -97,6 +108,7 @@ def check(model: ov.Model, platform: str) -> tuple[Diagnostic, ...]:
     require_static(tuple(_spec(port) for port in model.inputs), device=Device.NPU)
     found = [*_ports(model, platform)]
     for node in model.get_ordered_ops():
+        found += _opset(node, newest_opset)
         found += _operator(node, platform)
         found += _constant(node, platform)
         found += _zero_points(node)
@@ -155,6 +167,18 @@ def _holds(table: dict[str, frozenset[str] | None], key: str, platform: str) -> 
     return platforms is None or platform in platforms
 
 
+def _opset(node: ov.Node, newest: int) -> Iterable[Diagnostic]:
+    version = str(node.get_type_info().version_id)
+    number = version.removeprefix("opset")
+    if number != version and number.isdigit() and int(number) > newest:
+        name = node.get_friendly_name()
+        message = (
+            f'layer "{name}": {node.get_type_name()} is of {version}, and the NPU compiler reads up to '
+            f"opset{newest}: export the network with an older opset, or " + _ON_CPU
+        )
+        yield _error("NPU_OPSET", message, name)
+
+
 def _operator(node: ov.Node, platform: str) -> Iterable[Diagnostic]:
     name, kind = node.get_friendly_name(), node.get_type_name()
     refused = OPERATORS.get(kind)
@@ -195,8 +219,9 @@ def _zero_points(node: ov.Node) -> Iterable[Diagnostic]:
         code="NPU_ASYMMETRIC_WEIGHTS",
         message=(
             f'weights "{name}" are {element} with zero points {groups}, which an NPU subtracts anew in every '
-            "inference (a small matrix product took 1.7 times as long per channel, 2.4 times per group): "
-            "compress symmetrically, mode int4_sym or int8_sym"
+            "inference (a small matrix product took 1.7 times as long per channel, 2.4 times per group), and over "
+            "which compilers of other releases were reported to abort: compress symmetrically, mode int4_sym or "
+            "int8_sym"
         ),
         layer=name,
     )

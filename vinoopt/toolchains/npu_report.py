@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from vinoopt.records import Diagnostic
-from vinoopt.toolchains.npu_compiler import CompilerOutput
+from vinoopt.toolchains.host import RUNTIME_REQUIREMENTS
+from vinoopt.toolchains.npu_compiler import REQUIREMENTS, CompilerOutput
 from vinoopt.toolchains.npu_routes import Route
 from vinoopt.toolchains.npu_trace import LogFacts, Schedule, read_log, read_schedule
 
@@ -31,18 +32,18 @@ class Summary:
     @classmethod
     def of(cls, route: Route, result: CompilerOutput, *, is_quantized: bool) -> Summary:
         """Figures and warnings of one compilation; raises `ToolchainCrashed` for a schedule it cannot read."""
-        compatibility = str(result.values.get("RUNTIME_REQUIREMENTS", ""))
-        version = re.search(r"compiler=([\d.]+)", compatibility)
+        requirements = str(result.values.get(REQUIREMENTS, ""))
+        version = re.search(r"compiler=([\d.]+)", requirements)
         toolchain = (
             f"Intel NPU compiler {version.group(1) if version else ''} ({route.name}, {route.version})"
         )
-        details = {"route": route.name, "openvino": result.openvino, "compatibility": compatibility}
+        details = {"route": route.name, "openvino": result.openvino, RUNTIME_REQUIREMENTS: requirements}
         if result.schedule is None:
             return cls(
                 toolchain=toolchain, schedule=None, is_lower_bound=False, diagnostics=(), details=details
             )
         schedule, facts = read_schedule(result.schedule), read_log(result.log)
-        tiles = re.search(r"\bt=(\d+)", compatibility)
+        tiles = re.search(r"\bt=(\d+)", requirements)
         details |= _schedule_details(schedule, facts, tiles=tiles.group(1) if tiles else "")
         return cls(
             toolchain=toolchain,

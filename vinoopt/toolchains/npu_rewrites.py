@@ -9,6 +9,7 @@ of 16 bytes. A 1x1 convolution that copies channels has neither problem.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import openvino as ov
@@ -35,6 +36,19 @@ def rewrite(model: ov.Model, platform: str) -> tuple[Diagnostic, ...]:
     """Replace such layers of `model` in place; one diagnostic for each, none where nothing was changed."""
     found = [node for node in model.get_ordered_ops() if _pads_channels(node)]
     return tuple(diagnostic for node in found for diagnostic in _replaced(node, platform))
+
+
+def rewrite_file(ir: Path, platform: str) -> tuple[Diagnostic, ...]:
+    """The same in an IR file, which stays as it is where nothing has to be replaced."""
+    model = ov.Core().read_model(ir)
+    found = rewrite(model, platform)
+    if found:
+        part = ir.with_name("rewritten.xml")
+        ov.save_model(model, part, compress_to_fp16=False)
+        del model  # it may still map the weights' file
+        for suffix in (".bin", ".xml"):
+            part.with_suffix(suffix).replace(ir.with_suffix(suffix))
+    return found
 
 
 def explained(model: ov.Model, refusal: str) -> str:

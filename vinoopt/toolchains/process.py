@@ -102,6 +102,13 @@ class ChildExit:
         return words or f"exit code {self.returncode}"
 
     @property
+    def is_crash(self) -> bool:
+        """Whether a signal ended it, or what stands for one on Windows: no program ends itself like that."""
+        if sys.platform == "win32":
+            return self.returncode & 0xFFFFFFFF in _WINDOWS_STATUS
+        return self.returncode < 0
+
+    @property
     def tail(self) -> str:
         """The last lines of standard error, or of standard output where that is empty."""
         return (self.stderr.strip() or self.stdout.strip())[-TAIL_BYTES:]

@@ -22,12 +22,14 @@ from vinoopt.records import (
     Diagnostic,
     Evidence,
     Measurement,
+    NpuOffline,
     Precision,
     RuntimeProperties,
     Target,
 )
 from vinoopt.store import Memo, Store, cache_folder
 from vinoopt.toolchains.npu import DEFAULT_TIMEOUT_S, NpuEstimate, NpuToolchain
+from vinoopt.toolchains.npu_rewrites import rewrite_file
 from vinoopt.toolchains.npu_routes import openvino_version
 from vinoopt.toolchains.npu_tuning import TILES, NpuTuning, tune_npu
 from vinoopt.yardsticks.base import (
@@ -121,7 +123,9 @@ class NpuYardstick:
     def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
         """A blob at `output`, compiled with the options that have the smallest modelled latency.
 
-        `Build.properties` are those options; the diagnostic `NPU_TUNED` says what they gain. Where the compiler
+        `Build.properties` are those options; the diagnostic `NPU_TUNED` says what they gain. Layers that the
+        compiler takes only in another form are replaced in the file `ir` as well, so that the NPU's own driver can
+        compile it: it computes the same. Where the compiler
         crashes or runs out of time there is no blob, and the build's evidence is `NOT_CHECKED`.
         """
         try:
@@ -131,6 +135,8 @@ class NpuYardstick:
             )
         except (ToolchainCrashed, ToolchainTimeout) as exc:
             return self._without_blob(properties, exc)
+        if isinstance(self.spec.offline, NpuOffline):
+            rewrite_file(ir, self.spec.offline.platform)
         return serde.replace(
             build, target=self.target, diagnostics=(*build.diagnostics, _tuned(tuning, properties))
         )
