@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openvino import opset13 as ops
 
+from vinoopt import serde
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig, Sample
 from vinoopt.errors import DeviceError, InputError
 from vinoopt.hardware.detect import cpu_flags
@@ -41,7 +43,7 @@ from vinoopt.tuning.parity import departure, parity
 from vinoopt.tuning.race import _word
 from vinoopt.tuning.settings import _ladder
 from vinoopt.tuning.study import Study
-from vinoopt.tuning.trials import FINAL_STATES
+from vinoopt.tuning.trials import UNFINISHED
 
 
 def _model(seed: int = 0, *, offset: float = 0.0) -> ov.Model:
@@ -224,6 +226,10 @@ class FakeBench:
         return BenchResult(mode=config.mode, measurements=tuple(measurements))
 
 
+SETTLED = {
+    SettingState.RUNNING, SettingState.CRASHED, SettingState.REFUSED, SettingState.DROPPED, SettingState.OVER_LIMIT
+}  # fmt: skip
+ACCURATE = RuntimeProperties.of({"EXECUTION_MODE_HINT": "ACCURACY"})
 THREADS, PINNING, STREAMS = "INFERENCE_NUM_THREADS=1", "ENABLE_CPU_PINNING=NO", "NUM_STREAMS=1"
 THREE = _only(INFERENCE_NUM_THREADS=("1",), ENABLE_CPU_PINNING=("NO",), NUM_STREAMS=("1",))
 STREAM = TuneConfig(goal=Goal.THROUGHPUT)
@@ -362,7 +368,7 @@ def test_settings_that_left_the_race_are_not_tried_again(samples: list[Sample], 
     )
 
     assert after.properties == before.properties
-    gone = {name: state for name, state in _states(before).items() if state in FINAL_STATES}
+    gone = {each.setting.name: each.state for each in before.trials if each.is_settled}
     assert gone
     assert gone.items() <= _states(after).items()  # leaders race again
     assert any(PINNING in seen for seen in first.seen)
@@ -407,11 +413,132 @@ def test_trials_are_found_again_under_their_key(tmp_path: Path) -> None:
     study.tell(SettingTrial(properties=RuntimeProperties.of({"B": "2"}), state=SettingState.FAILED, reason="no"))
     again = Study(path, "k", SPACE)
     assert again.closed[trial.setting] == trial
-    assert len(again.closed) == 3
+    assert len(again.closed) == 2  # what failed may have had other reasons
+    assert len(again.known) == 3
     assert not Study(path, "other", SPACE).known
 
 
-@pytest.mark.parametrize("state", [s for s in SettingState if s not in FINAL_STATES])
+def test_what_was_dropped_within_noise_races_again(tmp_path: Path) -> None:
+    path = tmp_path / "tune.db"
+    noisy = _trial(0.99, A="1")
+    assert noisy.comparison is not None
+    noisy = serde.replace(noisy, comparison=serde.replace(noisy.comparison, is_significant=False))
+    Study(path, "k", SPACE).tell(noisy)
+    assert not Study(path, "k", SPACE).closed
+
+
+def test_a_setting_that_ended_the_process_is_not_tried_again(samples: list[Sample], tmp_path: Path) -> None:
+    storage, config = tmp_path / "tune.db", TuneConfig(goal=Goal.THROUGHPUT, base=ACCURATE)
+    task = TuneTask(model=_model(), samples=samples, spec=THREE)
+    tune(task, config=config, storage=storage, measure=FakeBench({}))
+    (key,) = optuna.study.get_all_study_names(f"sqlite:///{storage}")
+    space = {"INFERENCE_NUM_THREADS": ("1",), "ENABLE_CPU_PINNING": ("NO",), "NUM_STREAMS": ("1",)}
+    left = {THREADS: SettingState.RUNNING, PINNING: SettingState.RACING, STREAMS: SettingState.RACING}
+    for name, state in left.items():  # as a process leaves them that dies
+        property, _, value = name.partition("=")
+        Study(storage, key, space).tell(
+            SettingTrial(properties=RuntimeProperties.of({property: value}), state=state)
+        )
+    fake = FakeBench({})
+    after = tune(task, config=config, storage=storage, measure=fake)
+    assert _states(after)[THREADS] is SettingState.CRASHED
+    assert not any(THREADS in seen for seen in fake.seen)
+    heats = [set(seen) - {"default"} for seen in fake.seen]
+    assert {PINNING} in heats and {STREAMS} in heats  # one by one, so that the next crash has one culprit
+    assert not any(each.state in UNFINISHED for each in Study(storage, key, space).known.values())
+
+
+class Breaking(FakeBench):
+    """Breaks off where one of these settings takes part."""
+
+    def __init__(
+        self, speeds: dict[str, float], broken: Sequence[str], error: type[BaseException] = DeviceError
+    ) -> None:
+        super().__init__(speeds)
+        self.broken, self.error = broken, error
+
+    def __call__(
+        self, contestants: Sequence[Contestant], samples: Sequence[Sample], *, config: MeasureConfig
+    ) -> BenchResult:
+        if any(each.name in self.broken for each in contestants):
+            raise self.error("out of memory")
+        return super().__call__(contestants, samples, config=config)
+
+
+def test_a_setting_that_breaks_off_costs_its_own_place_only(samples: list[Sample], tmp_path: Path) -> None:
+    task, storage = TuneTask(model=_model(), samples=samples, spec=THREE), tmp_path / "tune.db"
+    broken = [STREAMS, f"{PINNING} {THREADS}"]
+    result = tune(task, config=STREAM, storage=storage, measure=Breaking({THREADS: 1.3, PINNING: 1.1}, broken))
+    assert _states(result)[STREAMS] is SettingState.FAILED
+    assert result.chosen.setting.name == THREADS
+    again = FakeBench({STREAMS: 1.5})
+    assert tune(task, config=STREAM, storage=storage, measure=again).chosen.setting.name == STREAMS
+
+
+def test_an_interrupt_leads_to_the_final(samples: list[Sample], tmp_path: Path) -> None:
+    task, storage = TuneTask(model=_model(), samples=samples, spec=THREE), tmp_path / "tune.db"
+    both = f"{PINNING} {THREADS}"
+    speeds = {THREADS: 1.3, PINNING: 1.1}
+    stopped = Breaking(speeds, [both], KeyboardInterrupt)
+    result = tune(task, config=STREAM, storage=storage, measure=stopped, keeps_best=True)
+    assert result.interrupted
+    assert result.chosen.setting.name == THREADS
+    resumed = FakeBench({**speeds, both: 1.6})
+    assert tune(task, config=STREAM, storage=storage, measure=resumed).chosen.setting.name == both
+    with pytest.raises(KeyboardInterrupt):
+        tune(task, config=STREAM, measure=Breaking(speeds, [both], KeyboardInterrupt))
+
+
+class Slow(FakeBench):
+    """Takes a while for every inference."""
+
+    def __init__(self, inference_s: float) -> None:
+        super().__init__({}, usual_p90_ms=1e3 * inference_s)
+        self.inference_s = inference_s
+
+    def __call__(
+        self, contestants: Sequence[Contestant], samples: Sequence[Sample], *, config: MeasureConfig
+    ) -> BenchResult:
+        result = super().__call__(contestants, samples, config=config)
+        time.sleep(len(contestants) * config.rounds * self.inference_s)
+        measurements = tuple(
+            serde.replace(
+                each,
+                latency_p50_ms=1e3 * self.inference_s,
+                rounds_ms=tuple(1e3 * self.inference_s * ms for ms in each.rounds_ms),
+            )
+            for each in result.measurements
+        )
+        return serde.replace(result, measurements=measurements)
+
+
+def test_a_slow_model_keeps_to_the_time(samples: list[Sample]) -> None:
+    task = TuneTask(model=_model(), samples=samples, spec=THREE)
+    started = time.monotonic()
+    result = tune(task, config=TuneConfig(seconds=2.0), measure=Slow(inference_s=0.15))
+    assert time.monotonic() - started < 5  # 40 rounds of a duel alone would take 6 seconds
+    assert {each.state for each in result.trials if each.properties.items} == {SettingState.NOT_TRIED}
+
+
+def test_the_finalists_meet_the_default_freshly_compiled(samples: list[Sample]) -> None:
+    seen: dict[str, list[object]] = {}
+
+    class Watching(FakeBench):
+        def __call__(
+            self, contestants: Sequence[Contestant], samples: Sequence[Sample], *, config: MeasureConfig
+        ) -> BenchResult:
+            for each in contestants:
+                seen.setdefault(each.name, []).append(each.model)
+            return super().__call__(contestants, samples, config=config)
+
+    task = TuneTask(model=_model(), samples=samples, spec=THREE)
+    tune(task, config=STREAM, measure=Watching({THREADS: 1.3, PINNING: 1.1}))
+    for name in ("default", THREADS):
+        *_, final, duel = seen[name]
+        assert final is not duel
+
+
+@pytest.mark.parametrize("state", [s for s in SettingState if s not in SETTLED])
 def test_leaders_race_again(tmp_path: Path, state: SettingState) -> None:
     path = tmp_path / "tune.db"
     Study(path, "k", SPACE).tell(_trial(1.2, state, A="1"))

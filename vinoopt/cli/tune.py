@@ -32,7 +32,12 @@ def _batch(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     metavar="TIME",
     help="For throughput: the 90th percentile of latency that a setting may have, as 20ms.",
 )
-@click.option("-t", "--seconds", type=click.FloatRange(min=1), help="When to stop trying further settings.")
+@click.option(
+    "-t",
+    "--seconds",
+    type=click.FloatRange(min=1),
+    help="About how long it may take. Ctrl-C ends the search with the best so far.",
+)
 @click.option("--min-cosine", type=float, default=0.999, show_default=True, help="Of outputs against f32.")
 @click.option("--min-agreement", type=float, default=0.99, show_default=True, help="Of the top class.")
 @click.option("--profile", help="Hardware profile whose values to try; default: the one that fits this machine.")
@@ -84,7 +89,9 @@ def tune(model: str | None, model_option: str | None, **options: Any) -> None:
     )
     for message in messages:
         click.echo(message, err=True)
-    result = tuning.tune(task, config=config, storage=options["storage"], progress=_show)
+    result = tuning.tune(task, config=config, storage=options["storage"], progress=_show, keeps_best=True)
+    if result.interrupted:
+        click.echo("interrupted: this is the best of what was tried", err=True)
     for warning in result.warnings:
         click.echo(warning, err=True)
     if options["output"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,12 @@ SUGGESTED_HEATS = 2
 """Heats of settings of several properties that optuna names, each after what the one before it taught."""
 JOINED = 2
 """The best batches are raced with so many of the best settings."""
-BATCH_SHARE = 0.4
-"""Of the time for heats, what batches have where they are tried."""
+FINAL_SHARE = 0.3
+"""Of the time, what the final and the duel have."""
+BATCH_SHARE = 0.3
+"""Of the time, what batches have where they are tried."""
+HURRY_S = 5.0
+"""What the final and the duel have after an interrupt."""
 
 
 def tune(
@@ -47,6 +52,7 @@ def tune(
     storage: Path | None = None,
     progress: Callable[[SettingTrial], None] | None = None,
     measure: Measure = bench.measure,
+    keeps_best: bool = False,
 ) -> TuneResult:
     """The runtime properties that serve the goal best on this machine, with the evidence.
 
@@ -56,9 +62,10 @@ def tune(
     `min_agreement` against the float reference, and below the default's own, are refused before they are timed.
     With `batches`, the model is raced at these too, sample by sample against the reference; the best of them meets
     the best setting of the model as it is, and is told beside it, for the properties belong to the model as it is.
-    `storage` is a database file of optuna: settings that left the race there for the same model, device and
-    configuration are not tried again. Raises `DeviceError` where the default itself does not run, `InputError` for
-    an unusable request.
+    `storage` is a database file of optuna: settings that were settled there for the same model, samples, machine and
+    configuration are not tried again, nor those that ended the process. With `keeps_best` an interrupt (Ctrl-C) ends
+    the heats, and the final and the duel follow in a few seconds; a second one passes through. Raises `DeviceError`
+    where the default itself does not run, `InputError` for an unusable request.
     """
     config = config or TuneConfig()
     if config.latency_limit_ms is not None and config.goal is Goal.LATENCY:
@@ -71,15 +78,18 @@ def tune(
     study = Study(storage, digest_of(task, config, space), space, seed=config.seed)
     race = _Race(task=task, config=config, study=study, progress=progress, measure=measure)
     try:
-        leaders = race.heats([each for each in _single_settings(space) if not race.is_default(each)])
-        leaders += race.heats(list(_combined(leaders[:LEADERS])))
-        for _ in range(SUGGESTED_HEATS):
-            fresh = [] if race.is_late else study.suggest(HEAT_SIZE - 1)
-            leaders += race.heats([Setting(properties=each) for each in fresh])
-        leaders.sort(key=lambda each: each.gain, reverse=True)
-        return race.finish(leaders, race.batches(leaders))
+        race.search(space)
+    except KeyboardInterrupt:
+        if not keeps_best:
+            raise
+        race.hurry()
     finally:
+        race.put_back()
         study.close()
+    try:
+        return race.finish()
+    finally:
+        race.put_back()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,52 +112,59 @@ class _Race:
     ) -> None:
         self.config, self.study, self.progress = config, study, progress
         self.trials: list[SettingTrial] = []
-        self.end = time.monotonic() + config.seconds if config.seconds else None
-        share = BATCH_SHARE if config.batches else 0.0
-        self.deadline = self.end - share * config.seconds if self.end and config.seconds else None
+        self.leaders: list[_Leader] = []
+        self.is_interrupted = False
+        self._begun: list[Setting] = []
+        seconds = config.seconds if config.seconds is not None else math.inf
+        started = time.monotonic()
+        self.end = started + seconds
+        self._heats_end = started + (1 - FINAL_SHARE) * seconds
+        self.deadline = self._heats_end - (BATCH_SHARE * seconds if config.batches and config.seconds else 0.0)
         self.track = Track(task, config, measure)
 
     @property
     def is_late(self) -> bool:
         """Whether the time for heats is over."""
-        return self.deadline is not None and time.monotonic() > self.deadline
+        return time.monotonic() > self.deadline
 
-    def is_default(self, setting: Setting) -> bool:
-        """Whether the device already does this by default."""
-        return all(_word(self.track.default.get_property(key)) == value for key, value in setting.properties.items)
+    def search(self, space: Mapping[str, Values]) -> None:
+        """Heats of single properties, of leaders combined, of what optuna suggests, and of batches."""
+        self.heats([each for each in _single_settings(space) if not self._is_default(each)])
+        self.heats(list(_combined(self._ranked()[:LEADERS])))
+        for _ in range(SUGGESTED_HEATS):
+            fresh = [] if self.is_late else self.study.suggest(HEAT_SIZE - 1)
+            self.heats([Setting(properties=each) for each in fresh])
+        self._batch_heats()
 
-    def batches(self, leaders: Sequence[_Leader]) -> list[_Leader]:
-        """Other batches that were faster than the default, alone and with the best settings, fastest first."""
-        self.deadline = self.end
-        if self.track.batching is None or not self.track.batching.sizes:
-            return []
-        if not self.track.pace_ms:
-            self.track.measure([], HEAT_ROUNDS)
-        found = self.heats([Setting(batch=batch) for batch in self.track.batching.sizes])
-        joined = [
-            Setting(properties=own.trial.properties, batch=each.trial.batch)
-            for each in found[:JOINED]
-            for own in leaders[:JOINED]
-        ]
-        return sorted([*found, *self.heats(joined)], key=lambda each: each.gain, reverse=True)
-
-    def heats(self, settings: Sequence[Setting]) -> list[_Leader]:
-        """The settings that were faster than the default, fastest first."""
-        leaders: list[_Leader] = []
+    def heats(self, settings: Sequence[Setting]) -> None:
+        """Race the settings, as far as the time allows; those that are faster than the default join the leaders."""
         fresh = [each for each in settings if not self._is_known(each)]
+        sound = [each for each in fresh if each not in self.study.suspects]
         size = HEAT_SIZE - 1
-        for first in range(0, len(fresh), size):
-            heat = self._in_time(fresh[first : first + size])
-            leaders += self._heat(heat) if heat else []
-        return sorted(leaders, key=lambda each: each.gain, reverse=True)
+        heats = [sound[first : first + size] for first in range(0, len(sound), size)]
+        for heat in [*heats, *([each] for each in fresh if each in self.study.suspects)]:
+            self._heat(self._in_time(heat))
 
-    def finish(self, leaders: Sequence[_Leader], batched: Sequence[_Leader] = ()) -> TuneResult:
+    def hurry(self) -> None:
+        """The user has waited long enough: what is left is the final and the duel, in a few seconds."""
+        self.is_interrupted = True
+        self.end = min(self.end, time.monotonic() + HURRY_S)
+
+    def put_back(self) -> None:
+        """Take back what was begun and will not be ended, so that no later race takes it for a crash."""
+        for setting in self._begun:
+            self.study.tell(SettingTrial(**dict(setting), state=SettingState.NOT_TRIED, reason="interrupted"))
+        self._begun.clear()
+
+    def finish(self) -> TuneResult:
         """The best leader of a final against the default, in rounds that chose nothing yet; then the best batch."""
-        finalists = [self._entrant(each.trial) for each in leaders[:LEADERS]]
-        self.track.renew_default()
-        best = self._final(finalists)
-        duel = self.track.measure([best] if best else [], DUEL_ROUNDS)
-        state, reason = self._verdict(duel, DEFAULT, best) if best else (SettingState.LEADER, "")
+        own, batched = self._ranked(), self._ranked(of_batches=True)
+        parts = 2 if batched else 1
+        best = self._final(own, parts)
+        duel = self._duel([best], parts) if best is not None else None
+        if best is None or duel is None:
+            best, duel = None, self._lonely_default(parts)
+        state, reason = self._verdict(duel, DEFAULT, best.setting) if best else (SettingState.LEADER, "")
         is_default = state is not SettingState.CHOSEN
         choice = self._batch_choice(batched, None if is_default else best) if batched else None
         default = SettingTrial(
@@ -157,8 +174,8 @@ class _Race:
             parity=self.track.parity,
             measurement=duel.of(DEFAULT),
         )
-        last = [self._trial(best, state, reason, duel)] if best else []
-        self._record([*_behind(leaders, best), *([*last, default] if is_default else [default, *last])])
+        last = [_judged(best, state, reason, duel)] if best else []
+        self._record([*self._behind(own, best), *([*last, default] if is_default else [default, *last])])
         if is_default and choice is None:
             self._note_limit(duel.of(DEFAULT))
         chosen = NOTHING if best is None or is_default else best.setting
@@ -168,52 +185,36 @@ class _Race:
             comparison=duel.compare(DEFAULT, best.setting.name) if best else None,
             batched=choice,
             warnings=(*self.track.warnings, *duel.warnings),
+            interrupted=self.is_interrupted,
         )
 
-    def _final(self, finalists: Sequence[Entrant]) -> Entrant | None:
-        """The fastest finalist within the limit; a single one needs no final."""
-        if len(finalists) < 2:
-            return next(iter(finalists), None)
-        result = self.track.measure(finalists, FINAL_ROUNDS)
-        eligible = [e for e in finalists if not self._is_over_limit(result.of(e.setting.name))]
-        gains = [result.compare(DEFAULT, each.setting.name).speedup for each in eligible]
-        return eligible[gains.index(max(gains))] if eligible else None
+    # ------------------------------------------------------------------ heats
 
-    def _batch_choice(self, leaders: Sequence[_Leader], champion: Entrant | None) -> BatchChoice | None:
-        """The best batch of a final, where it beats the best setting of the model as it is (None: the default)."""
-        best = self._final([self._entrant(each.trial) for each in leaders[:LEADERS]])
-        self._record(_behind(leaders, best))
-        if best is None:
-            return None
-        duel = self.track.measure([champion, best] if champion else [best], DUEL_ROUNDS)
-        against = champion.setting.name if champion else DEFAULT
-        state, reason = self._verdict(duel, against, best)
-        self._record([self._trial(best, state, reason, duel)])
-        if state is not SettingState.CHOSEN:
-            return None
-        return BatchChoice(
-            batch=best.setting.batch or 0,
-            properties=self.track.properties(best.setting),
-            parity=best.parity,
-            measurement=duel.of(best.setting.name),
-            comparison=duel.compare(against, best.setting.name),
-        )
+    def _is_default(self, setting: Setting) -> bool:
+        """Whether the device already does this by default."""
+        return all(_word(self.track.default.get_property(key)) == value for key, value in setting.properties.items)
 
-    def _verdict(self, duel: BenchResult, champion: str, entrant: Entrant) -> tuple[SettingState, str]:
-        """What the duel says about the setting that challenges the champion."""
-        rival = duel.of(entrant.setting.name)
-        comparison = duel.compare(champion, rival.name)
-        is_gain = comparison.is_significant and comparison.speedup > 1
-        if self._is_over_limit(rival):
-            return SettingState.OVER_LIMIT, f"p90 {rival.latency_p90_ms:.3g} ms in the duel"
-        if is_gain or self._is_over_limit(duel.of(champion)):
-            return SettingState.CHOSEN, ""
-        return SettingState.LEADER, f"no significant gain over {'the default' if champion == DEFAULT else champion}"
+    def _ranked(self, *, of_batches: bool = False) -> list[SettingTrial]:
+        """The leaders of the model as it is, or of other batches, fastest first."""
+        ranked = sorted(self.leaders, key=lambda each: each.gain, reverse=True)
+        return [each.trial for each in ranked if (each.trial.batch is not None) == of_batches]
+
+    def _batch_heats(self) -> None:
+        """Other batches, alone and with the best settings."""
+        self.deadline = self._heats_end
+        if self.track.batching is None or not self.track.batching.sizes:
+            return
+        if not self.track.pace_ms:
+            self.track.measure([], HEAT_ROUNDS)
+        self.heats([Setting(batch=batch) for batch in self.track.batching.sizes])
+        own, batched = self._ranked()[:JOINED], self._ranked(of_batches=True)[:JOINED]
+        self.heats([Setting(properties=one.properties, batch=other.batch) for other in batched for one in own])
 
     def _in_time(self, settings: Sequence[Setting]) -> list[Setting]:
         """Those of a heat that there is time for; large batches take longest."""
-        left_ms = float("inf") if self.deadline is None else (self.deadline - time.monotonic()) * 1e3
+        left_ms = (self.deadline - time.monotonic()) * 1e3
         late = "the time was over" if left_ms < 0 else "it would take longer than the time that was left"
+        left_ms -= self.track.heat_ms(NOTHING)  # the default is in every heat
         kept = []
         for setting in settings:
             left_ms -= self.track.heat_ms(setting)
@@ -223,35 +224,30 @@ class _Race:
                 self._record([SettingTrial(**dict(setting), state=SettingState.NOT_TRIED, reason=late)])
         return kept
 
-    def _heat(self, settings: Sequence[Setting]) -> list[_Leader]:
+    def _heat(self, settings: Sequence[Setting]) -> None:
         entrants = [each for setting in settings if (each := self._admitted(setting)) is not None]
-        if not entrants:
-            return []
-        result = self.track.measure(entrants, HEAT_ROUNDS)
-        default_is_over = self._is_over_limit(result.of(DEFAULT))
-        leaders = []
-        for entrant in entrants:
+        for entrant, result in self._raced(entrants, HEAT_ROUNDS):
             name = entrant.setting.name
             measurement, gain = result.of(name), result.compare(DEFAULT, name).speedup
             if self._is_over_limit(measurement):
                 reason = f"p90 {measurement.latency_p90_ms:.3g} ms"
-                self._record([self._trial(entrant, SettingState.OVER_LIMIT, reason, result)])
-            elif gain <= 1 and not default_is_over:
+                self._record([_judged(entrant, SettingState.OVER_LIMIT, reason, result)])
+            elif gain <= 1 and not self._is_over_limit(result.of(DEFAULT)):
                 reason = f"{gain:.3f}x of the default"
-                self._record([self._trial(entrant, SettingState.DROPPED, reason, result)])
+                self._record([_judged(entrant, SettingState.DROPPED, reason, result)])
             else:
-                trial = self._trial(entrant, SettingState.LEADER, f"{gain:.3f}x in its heat", result)
-                self.study.tell(trial)
-                leaders.append(_Leader(trial=trial, gain=gain))
-        return leaders
+                trial = _judged(entrant, SettingState.LEADER, f"{gain:.3f}x in its heat", result)
+                self._keep(trial)
+                self.leaders.append(_Leader(trial=trial, gain=gain))
 
     def _admitted(self, setting: Setting) -> Entrant | None:
         """The setting compiled, or None where the device refuses it or its outputs depart."""
+        self._begin(setting, SettingState.RUNNING)
         try:
             compiled = self.track.compile(setting)
             found = self.track.parity_of(compiled, setting)
         except DeviceError as exc:
-            self._record([SettingTrial(**dict(setting), state=SettingState.FAILED, reason=str(exc))])
+            self._fail(setting, exc)
             return None
         if reason := self.track.refusal(found, setting):
             refused = SettingState.REFUSED
@@ -259,24 +255,108 @@ class _Race:
             return None
         return Entrant(setting=setting, parity=found, compiled=compiled)
 
-    def _entrant(self, trial: SettingTrial) -> Entrant:
-        """A leader compiled again: between heats only the default stays compiled."""
-        found = trial.parity if trial.parity is not None else self.track.parity
-        setting = trial.setting
-        return Entrant(setting=setting, parity=found, compiled=self.track.compile(setting))
+    def _raced(self, entrants: Sequence[Entrant], rounds: int) -> list[tuple[Entrant, BenchResult]]:
+        """Each entrant with the run it was measured in: with all others, or alone where one of them broke off."""
+        if not entrants:
+            return []
+        is_alone = len(entrants) == 1
+        self._begin_all(entrants)
+        try:
+            result = self.track.measure(entrants, rounds)
+        except DeviceError as exc:
+            if is_alone:
+                self._fail(entrants[0].setting, exc)
+                return []
+            return [pair for each in entrants for pair in self._raced([each], rounds)]
+        return [(each, result) for each in entrants]
 
-    def _trial(
-        self, entrant: Entrant, state: SettingState, reason: str, result: BenchResult
-    ) -> SettingTrial:
-        name = entrant.setting.name
-        return SettingTrial(
-            **dict(entrant.setting),
-            state=state,
-            reason=reason,
-            parity=entrant.parity,
-            measurement=result.of(name),
-            comparison=result.compare(DEFAULT, name),
+    # ------------------------------------------------------------------ final and duels
+
+    def _final(self, leaders: Sequence[SettingTrial], parts: int) -> SettingTrial | None:
+        """The fastest leader within the limit; a single one needs no final."""
+        if len(leaders) < 2:
+            return next(iter(leaders), None)
+        finalists = [each for trial in leaders[:LEADERS] if (each := self._entrant(trial)) is not None]
+        self.track.renew_default()
+        rounds = self._rounds(FINAL_ROUNDS, finalists, 2 * parts)
+        raced = [
+            (result.compare(DEFAULT, each.setting.name).speedup, each.setting)
+            for each, result in self._raced(finalists, rounds)
+            if not self._is_over_limit(result.of(each.setting.name))
+        ]
+        best = max(raced, key=lambda each: each[0], default=None)
+        return None if best is None else next(trial for trial in leaders if trial.setting == best[1])
+
+    def _duel(self, rivals: Sequence[SettingTrial], parts: int) -> BenchResult | None:
+        """The default and the rivals, all compiled anew: how fast a compilation came out in the final is chance.
+
+        None where the last of them does not run.
+        """
+        entrants = [each for trial in rivals if (each := self._entrant(trial)) is not None]
+        self.track.renew_default()
+        if len(entrants) < len(rivals):
+            return None
+        self._begin_all(entrants)
+        try:
+            return self.track.measure(entrants, self._rounds(DUEL_ROUNDS, entrants, parts))
+        except DeviceError as exc:
+            self._fail(rivals[-1].setting, exc)
+            return None
+
+    def _lonely_default(self, parts: int) -> BenchResult:
+        self.track.renew_default()
+        return self.track.measure([], self._rounds(DUEL_ROUNDS, [], parts))
+
+    def _rounds(self, wanted: int, entrants: Sequence[Entrant], parts: int) -> int:
+        """As many rounds as wanted, or as fit into one of so many parts of the time that is left."""
+        left_ms = (self.end - time.monotonic()) * 1e3 / parts
+        settings = [each.setting for each in entrants]
+        return wanted if left_ms == math.inf else min(wanted, self.track.rounds_in(left_ms, settings))
+
+    def _batch_choice(self, leaders: Sequence[SettingTrial], champion: SettingTrial | None) -> BatchChoice | None:
+        """The best batch of a final, where it beats the best setting of the model as it is (None: the default)."""
+        best = self._final(leaders, 1)
+        self._record(self._behind(leaders, best))
+        duel = None if best is None else self._duel([champion, best] if champion else [best], 1)
+        if best is None or duel is None:
+            return None
+        against = champion.setting.name if champion else DEFAULT
+        state, reason = self._verdict(duel, against, best.setting)
+        self._record([_judged(best, state, reason, duel)])
+        if state is not SettingState.CHOSEN:
+            return None
+        return BatchChoice(
+            batch=best.batch or 0,
+            properties=self.track.properties(best.setting),
+            parity=best.parity or self.track.parity,
+            measurement=duel.of(best.setting.name),
+            comparison=duel.compare(against, best.setting.name),
         )
+
+    def _verdict(self, duel: BenchResult, champion: str, rival: Setting) -> tuple[SettingState, str]:
+        """What the duel says about the setting that challenges the champion."""
+        measured = duel.of(rival.name)
+        comparison = duel.compare(champion, rival.name)
+        is_gain = comparison.is_significant and comparison.speedup > 1
+        if self._is_over_limit(measured):
+            return SettingState.OVER_LIMIT, f"p90 {measured.latency_p90_ms:.3g} ms in the duel"
+        if is_gain or self._is_over_limit(duel.of(champion)):
+            return SettingState.CHOSEN, ""
+        return SettingState.LEADER, f"no significant gain over {'the default' if champion == DEFAULT else champion}"
+
+    def _entrant(self, trial: SettingTrial) -> Entrant | None:
+        """A leader compiled again, for between heats only the default stays compiled; None where that fails."""
+        found = trial.parity if trial.parity is not None else self.track.parity
+        try:
+            return Entrant(setting=trial.setting, parity=found, compiled=self.track.compile(trial.setting))
+        except DeviceError as exc:
+            self._fail(trial.setting, exc)
+            return None
+
+    def _behind(self, leaders: Sequence[SettingTrial], best: SettingTrial | None) -> list[SettingTrial]:
+        """The trials of the leaders that are not the best and did not fail since."""
+        ended = {trial.setting for trial in self.trials} | ({best.setting} if best is not None else set())
+        return [each for each in leaders if each.setting not in ended]
 
     def _is_over_limit(self, measurement: Measurement) -> bool:
         limit, p90 = self.config.latency_limit_ms, measurement.latency_p90_ms
@@ -296,14 +376,45 @@ class _Race:
             self.trials.append(trial)
         return trial is not None
 
-    def _record(self, trials: Iterator[SettingTrial] | Sequence[SettingTrial]) -> None:
-        ended = tuple(trials)
-        self.trials.extend(ended)
-        for trial in ended:
-            self.study.tell(trial)
-        if self.progress is not None:
-            for trial in ended:
+    def _begin(self, setting: Setting, state: SettingState) -> None:
+        """Leave word of what is about to run: a setting that ends the process must not do so again."""
+        self.study.tell(SettingTrial(**dict(setting), state=state))
+        if setting not in self._begun:
+            self._begun.append(setting)
+
+    def _begin_all(self, entrants: Sequence[Entrant]) -> None:
+        state = SettingState.RUNNING if len(entrants) == 1 else SettingState.RACING
+        for each in entrants:
+            self._begin(each.setting, state)
+
+    def _keep(self, trial: SettingTrial) -> None:
+        self.study.tell(trial)
+        if trial.setting in self._begun:
+            self._begun.remove(trial.setting)
+
+    def _fail(self, setting: Setting, exc: DeviceError) -> None:
+        self._record([SettingTrial(**dict(setting), state=SettingState.FAILED, reason=str(exc))])
+
+    def _record(self, trials: Sequence[SettingTrial]) -> None:
+        """Keep trials that have ended."""
+        for trial in trials:
+            self.trials.append(trial)
+            self._keep(trial)
+            if self.progress is not None:
                 self.progress(trial)
+
+
+def _judged(entrant: Entrant | SettingTrial, state: SettingState, reason: str, result: BenchResult) -> SettingTrial:
+    """The trial of a setting that was measured."""
+    name = entrant.setting.name
+    return SettingTrial(
+        **dict(entrant.setting),
+        state=state,
+        reason=reason,
+        parity=entrant.parity,
+        measurement=result.of(name),
+        comparison=result.compare(DEFAULT, name),
+    )
 
 
 def _word(value: object) -> str:
@@ -326,17 +437,12 @@ def _single_settings(space: Mapping[str, Values]) -> Iterator[Setting]:
         yield from (Setting(properties=RuntimeProperties.of({key: value})) for value in values)
 
 
-def _combined(leaders: Sequence[_Leader]) -> Iterator[Setting]:
+def _combined(leaders: Sequence[SettingTrial]) -> Iterator[Setting]:
     """Every two leaders of different properties joined, and all three."""
     for size in (2, 3):
-        for chosen in combinations((each.trial.properties.as_dict() for each in leaders), size):
+        for chosen in combinations((each.properties.as_dict() for each in leaders), size):
             merged: dict[str, str] = {}
             for each in chosen:
                 merged |= each
             if len(merged) == sum(len(each) for each in chosen):
                 yield Setting(properties=RuntimeProperties.of(merged))
-
-
-def _behind(leaders: Sequence[_Leader], best: Entrant | None) -> list[SettingTrial]:
-    """The trials of the leaders that are not the best."""
-    return [each.trial for each in leaders if best is None or each.trial.setting != best.setting]

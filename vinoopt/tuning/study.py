@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sqlite3
 import warnings
@@ -15,12 +14,14 @@ from vinoopt import serde
 from vinoopt.errors import InputError
 from vinoopt.records import RuntimeProperties
 from vinoopt.tuning.settings import Values
-from vinoopt.tuning.trials import FINAL_STATES, Setting, SettingState, SettingTrial
+from vinoopt.tuning.trials import UNFINISHED, Setting, SettingState, SettingTrial
 
 BY_DEFAULT = ""
 """Value of a property that a setting leaves alone."""
-_TRIAL, _SUGGESTED = "vinoopt", "suggested"
-"""Attributes of an optuna trial: ours as JSON, and whether the sampler named it."""
+_TRIAL = "vinoopt/"
+"""Begins the study's attributes that hold our trials as JSON, the last word on each setting."""
+_SETTING, _SUGGESTED = "setting", "suggested"
+"""Attributes of an optuna trial: what it is of, as JSON, and whether the sampler named it."""
 _LIMITED = -10.0
 """Added to the value of a setting beyond the latency limit."""
 _LEAST_KNOWN = 4
@@ -33,8 +34,9 @@ class Study:
     """The trials of one race, and of earlier ones of the same model, device and configuration.
 
     With a path they lie in an SQLite database that optuna reads and writes, `optuna-dashboard` included; the value of
-    a trial is the logarithm of how many times faster it was than the default. `closed` holds those that left an
-    earlier race and need not be tried again. Raises `InputError` where the file is something else.
+    a trial is the logarithm of how many times faster it was than the default. `closed` holds those that an earlier
+    race settled, and those during whose trial the process ended; `suspects` those of which one may have ended it,
+    being measured beside the others. Raises `InputError` where the file is something else.
     """
 
     def __init__(self, path: Path | None, key: str, space: Mapping[str, Values], *, seed: int = 0) -> None:
@@ -57,27 +59,42 @@ class Study:
                 direction="maximize",
                 load_if_exists=True,
             )
-        self.known: dict[Setting, SettingTrial] = {}
+        texts = [text for key, text in sorted(self._study.user_attrs.items()) if key.startswith(_TRIAL)]
+        found = [_ended(serde.from_json(SettingTrial, text, where=str(path))) for text in texts]
+        self.known = {trial.setting: trial for trial in found}
+        self.closed = {key: trial for key, trial in self.known.items() if trial.is_settled}
+        self.suspects = {key for key, trial in self.known.items() if trial.state is SettingState.RACING}
         self._suggested: list[RuntimeProperties] = []
         self._given: set[RuntimeProperties] = set()
+        self._taught: set[Setting] = set()
         for each in self._study.get_trials(deepcopy=False):
-            if _TRIAL in each.user_attrs:
-                trial = serde.from_mapping(SettingTrial, json.loads(each.user_attrs[_TRIAL]), where=str(path))
-                self.known[trial.setting] = trial
+            if _SETTING in each.user_attrs:
+                setting = serde.from_json(Setting, each.user_attrs[_SETTING], where=str(path))
+                if each.state is optuna.trial.TrialState.COMPLETE:
+                    self._taught.add(setting)
                 if _SUGGESTED in each.user_attrs:
-                    self._suggested.append(trial.properties)
-        self.closed = {key: trial for key, trial in self.known.items() if trial.state in FINAL_STATES}
+                    self._suggested.append(setting.properties)
 
     def tell(self, trial: SettingTrial) -> None:
-        """Keep a trial; it is in the database when this returns."""
-        optuna, properties = self._optuna, trial.properties.as_dict()
-        attributes = {_TRIAL: trial.model_dump_json()}
+        """Keep a trial in place of what was known of its setting; it is in the database when this returns."""
+        self.known[trial.setting] = trial
+        self._study.set_user_attr(_TRIAL + serde.sha256_record(trial.setting), trial.model_dump_json())
+        if trial.state not in UNFINISHED:
+            self._teach(trial)
+
+    def _teach(self, trial: SettingTrial) -> None:
+        """Let optuna learn from a trial; of a setting that is timed again, as finalists are, the first counts."""
+        optuna, setting, properties = self._optuna, trial.setting, trial.properties.as_dict()
+        attributes = {_SETTING: setting.model_dump_json()}
         value = _value(trial)
         state = optuna.trial.TrialState.FAIL if value is None else optuna.trial.TrialState.COMPLETE
         asked = self._asked.pop(trial.properties, None) if trial.batch is None else None
-        self.known[trial.setting] = trial
+        if asked is None and setting in self._taught:
+            return
+        if value is not None:
+            self._taught.add(setting)
         if asked is not None:
-            asked.set_user_attr(_TRIAL, attributes[_TRIAL])
+            asked.set_user_attr(_SETTING, attributes[_SETTING])
             asked.set_user_attr(_SUGGESTED, True)
             self._study.tell(asked, value, state=state)
         elif trial.batch is not None:  # without parameters: what a batch gains says nothing about the properties
@@ -122,9 +139,18 @@ class Study:
         self._asked.clear()
 
 
+def _ended(trial: SettingTrial) -> SettingTrial:
+    """A trial as it was left; one that ran by itself when the process ended is what ended it."""
+    if trial.state is not SettingState.RUNNING:
+        return trial
+    return serde.replace(trial, state=SettingState.CRASHED, reason="an earlier race ended while it was tried")
+
+
 def _value(trial: SettingTrial) -> float | None:
     """None for what was never timed."""
-    if trial.state in (SettingState.FAILED, SettingState.REFUSED, SettingState.NOT_TRIED):
+    if trial.state in (
+        SettingState.CRASHED, SettingState.FAILED, SettingState.REFUSED, SettingState.NOT_TRIED
+    ):  # fmt: skip
         return None
     if trial.comparison is None:
         return 0.0

@@ -7,13 +7,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import openvino as ov
+import psutil
 
 from vinoopt import serde
 from vinoopt.bench import Sample
 from vinoopt.records import DeviceSpec
 from vinoopt.tuning.settings import Values
 from vinoopt.tuning.trials import TuneConfig
+
+_VERSIONS = ("DRIVER_VERSION", "COMPILER_VERSION")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -31,12 +35,12 @@ class TuneTask:
 
 def digest_of(task: TuneTask, config: TuneConfig, space: Mapping[str, Values]) -> str:
     """Digest of all that decides whether a setting leaves the race."""
-    core = ov.Core()
     facts = {
         "model": _fingerprint(task.model),
         "reference": _fingerprint(task.reference) if task.reference is not None else None,
+        "samples": _samples_digest(task.samples),
         "device": task.device,
-        "name": core.get_property(task.device, "FULL_DEVICE_NAME") if _is_here(core, task.device) else "",
+        "machine": _machine(task.device),
         "openvino": ov.get_version(),
         "space": space,
         "config": serde.to_json(serde.replace(config, seconds=None, batches=())),
@@ -44,8 +48,27 @@ def digest_of(task: TuneTask, config: TuneConfig, space: Mapping[str, Values]) -
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _is_here(core: ov.Core, device: str) -> bool:
-    return device in core.available_devices
+def _machine(device: str) -> dict[str, str]:
+    """The device's name, its driver and compiler where it tells them, and the cores that may be used."""
+    core = ov.Core()
+    try:
+        told = core.get_property(device, "SUPPORTED_PROPERTIES")
+        names = [key for key in told if key == "FULL_DEVICE_NAME" or key.endswith(_VERSIONS)]
+        facts = {key: str(core.get_property(device, key)) for key in sorted(names)}
+    except RuntimeError:  # not here, or one that stands for several
+        facts = {}
+    process = psutil.Process()
+    cores = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count()
+    return {**facts, "cores": str(cores)}
+
+
+def _samples_digest(samples: Sequence[Sample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        for name, array in sorted(sample.items()):
+            digest.update(json.dumps([name, np.shape(array), str(np.asarray(array).dtype)]).encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(model: ov.Model) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,19 +11,25 @@ import numpy as np
 import openvino as ov
 
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig, MeasureMode, Sample
+from vinoopt.bench.intervals import LEAST_ROUNDS
 from vinoopt.bench.protocol import least_requests
 from vinoopt.errors import DeviceError, ShapeError
 from vinoopt.records import RuntimeProperties
+from vinoopt.toolchains.host import reason_of
 from vinoopt.tuning.batches import Batching, by_sample, find_batching
 from vinoopt.tuning.bisection import Variant, first_departure
 from vinoopt.tuning.parity import Outputs, Parity, departure, parity, run_all
 from vinoopt.tuning.task import TuneTask
-from vinoopt.tuning.trials import Setting, TuneConfig
+from vinoopt.tuning.trials import Goal, Setting, TuneConfig
 
 HEAT_SIZE = 6
 """Settings compiled at the same time, the default among them: each holds a copy of the weights."""
 HEAT_ROUNDS = 7
 PARITY_SAMPLES = 64
+_LEAST_PARITY_SAMPLES = 8
+_GATE_SHARE = 0.05
+"""Of the time, what the outputs of one setting may take."""
+_WARM_TURNS = 2
 DEFAULT = "default"
 NOTHING = Setting()
 _EXACT = RuntimeProperties.of({"INFERENCE_PRECISION_HINT": "f32"})
@@ -53,12 +60,16 @@ class Track:
         self.task, self.config, self._bench = task, config, measure
         self.warnings: list[str] = []
         self.pace_ms = 0.0
-        """The default's, of a sample; 0 before the first measurement."""
+        """The default's: of a sample where throughput is the goal, else of a call; 0 before the first measurement."""
+        self.batching: Batching | None = None
         self.default = self.compile(NOTHING)
-        samples = task.samples[:PARITY_SAMPLES]
+        self.samples = task.samples[: PARITY_SAMPLES if config.seconds is None else self._affordable(config.seconds)]
         reference = task.reference if task.reference is not None else task.model
-        self.expected: Outputs = run_all(_compiled(reference, "CPU", _EXACT), samples)
-        self.parity = parity(run_all(self.default, samples), self.expected)
+        self.expected: Outputs = run_all(_compiled(reference, "CPU", _EXACT), self.samples)
+        started = time.monotonic()
+        self.parity = parity(run_all(self.compile(NOTHING), self.samples), self.expected)
+        self.gate_ms = (time.monotonic() - started) * 1e3
+        """What it takes to compile a setting and to hold its outputs against the reference's."""
         if reason := self._departure(self.parity, None):
             where = self._where(NOTHING, reference)
             self.warnings.append(f"the default setting itself departs from the float reference: {reason}{where}")
@@ -82,7 +93,7 @@ class Track:
     def parity_of(self, compiled: ov.CompiledModel, setting: Setting) -> Parity:
         """Against the reference; at another batch sample by sample, as far as its samples fill calls."""
         if setting.batch is None or self.batching is None:
-            return parity(run_all(compiled, self.task.samples[:PARITY_SAMPLES]), self.expected)
+            return parity(run_all(compiled, self.samples), self.expected)
         expected = by_sample(self.expected, self.batching.own)
         calls = self.batching.samples_at(setting.batch)[: max(len(expected) // setting.batch, 1)]
         outputs = by_sample(run_all(compiled, calls), setting.batch)
@@ -112,12 +123,27 @@ class Track:
         self.pace_ms = float(np.median(result.of(DEFAULT).rounds_ms))
         return result
 
+    def turn_ms(self, setting: Setting) -> float:
+        """What a turn takes for a setting, at the default's pace."""
+        if self.config.goal is Goal.LATENCY:
+            return max(self.config.turn_ms, self.pace_ms)
+        own = self.batching.own if self.batching is not None else 1
+        batch = own if setting.batch is None else setting.batch
+        return max(self.config.turn_ms, least_requests(_in_flight(self.default), batch=batch) * batch * self.pace_ms)
+
     def heat_ms(self, setting: Setting) -> float:
-        """What a heat takes for a setting of another batch, at the default's pace; 0 for the model's own batch."""
-        if setting.batch is None:
-            return 0.0
-        turn = least_requests(_in_flight(self.default), batch=setting.batch)
-        return (HEAT_ROUNDS + 2) * turn * setting.batch * self.pace_ms
+        """What a setting takes until its heat is over: compilation, outputs, warm-up and rounds."""
+        return self.gate_ms + (_WARM_TURNS + HEAT_ROUNDS) * self.turn_ms(setting)
+
+    def rounds_in(self, left_ms: float, settings: Sequence[Setting]) -> int:
+        """How many rounds of the default and these settings the time is enough for, at least 5."""
+        round_ms = self.turn_ms(NOTHING) + sum(self.turn_ms(each) for each in settings)
+        return max(int(left_ms / round_ms) - _WARM_TURNS, LEAST_ROUNDS)
+
+    def _affordable(self, seconds: float) -> int:
+        """How many samples the outputs are compared on, so that a slow model does not spend its time on that."""
+        latency_ms = self.measure([], LEAST_ROUNDS).of(DEFAULT).latency_p50_ms
+        return min(max(int(_GATE_SHARE * seconds * 1e3 / latency_ms), _LEAST_PARITY_SAMPLES), PARITY_SAMPLES)
 
     def _contestant(self, entrant: Entrant, own: int) -> Contestant:
         setting, compiled, device = entrant.setting, entrant.compiled, self.task.device
@@ -172,5 +198,4 @@ def _compiled(model: ov.Model, device: str, properties: RuntimeProperties) -> ov
     try:
         return ov.Core().compile_model(model, device, properties.as_dict())
     except RuntimeError as exc:
-        reason = str(exc).strip().splitlines()[-1]
-        raise DeviceError(f"{device} does not take {Setting(properties=properties).name}: {reason}") from exc
+        raise DeviceError(f"{device} does not take {Setting(properties=properties).name}: {reason_of(exc)}") from exc

@@ -38,7 +38,8 @@ class TuneConfig(Record):
     batches: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """For throughput: samples per call to try beside the model's own number."""
     seconds: float | None = Field(default=None, gt=0)
-    """When the heats end; the final is still run. None: when every setting had its turn."""
+    """About how long it may take, the final and the duel included, each of which has 5 rounds at least. None: until
+    every setting had its turn."""
     seed: int = 0
 
     @property
@@ -50,8 +51,14 @@ class TuneConfig(Record):
 class SettingState(str, Enum):
     """How far a setting came."""
 
+    RUNNING = "running"
+    """It is being tried, by itself."""
+    RACING = "racing"
+    """It is being measured beside others."""
+    CRASHED = "crashed"
+    """The process ended while it was tried by itself."""
     FAILED = "failed"
-    """The device does not take it."""
+    """The device does not take it, or broke off."""
     REFUSED = "refused"
     """Its outputs depart from the float reference."""
     DROPPED = "dropped"
@@ -69,8 +76,9 @@ class SettingState(str, Enum):
         return self.value
 
 
-FINAL_STATES = (SettingState.FAILED, SettingState.REFUSED, SettingState.DROPPED, SettingState.OVER_LIMIT)
-"""States that need not be found out again."""
+UNFINISHED = (SettingState.RUNNING, SettingState.RACING)
+"""States that only a process leaves behind which ended before it could say how the setting came out."""
+_SETTLED = (SettingState.CRASHED, SettingState.REFUSED, SettingState.OVER_LIMIT)
 
 
 class Setting(Record):
@@ -106,6 +114,12 @@ class SettingTrial(Record):
         """Properties and batch together."""
         return Setting(properties=self.properties, batch=self.batch)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it need not be found out again: not where something may have failed, or only noise spoke."""
+        is_slower = self.comparison is not None and self.comparison.is_significant
+        return self.state in _SETTLED or (self.state is SettingState.DROPPED and is_slower)
+
 
 class BatchChoice(Record):
     """The batch at which more samples are computed per second than at the model's own.
@@ -135,6 +149,8 @@ class TuneResult(Record):
     batched: BatchChoice | None = None
     """None where batches were not asked for, or none was better."""
     warnings: tuple[str, ...] = ()
+    interrupted: bool = False
+    """Whether the user ended the heats."""
 
     @property
     def chosen(self) -> SettingTrial:
