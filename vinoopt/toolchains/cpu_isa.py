@@ -61,19 +61,16 @@ class LatencyJob:
     """Latencies of IR files, taken in interleaved rounds."""
 
     models: tuple[Path, ...]
+    properties: tuple[RuntimeProperties, ...]
+    """Each model's own."""
     rounds: int = 9
-    inferences: int = 20
-    """Per model and round."""
-    round_ms: float | None = None
-    """Where given, a model has as many inferences per round as fit into it, at least one."""
+    round_ms: float = 15.0
+    """A model has as many inferences per round as fit into it, at least one."""
     seconds: float | None = None
     """Where given, rounds end early once so much time has passed, but not before the fifth."""
     warmup: int = 5
     calls: Path | None = None
     """Inputs as `calls.write_calls` leaves them; None: one call of seeded noise, zeros for whole numbers."""
-    properties: RuntimeProperties = _NO_PROPERTIES
-    per_model: tuple[RuntimeProperties, ...] = ()
-    """Where given, each model's own instead of `properties`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,9 +171,11 @@ class CpuIsaToolchain:
         `CPU_ISA_CAP_ARTEFACT` in the message where the model compiles only without the cap.
         """
         isa = self._isa(spec)
-        request = {**_request(job), "properties": _properties(isa, job.properties).as_dict()}
-        if isinstance(job, LatencyJob) and job.per_model:
-            request["per_model"] = [_properties(isa, each).as_dict() for each in job.per_model]
+        request = _request(job)
+        if isinstance(job, LatencyJob):
+            request["per_model"] = [_properties(isa, each).as_dict() for each in job.properties]
+        else:
+            request["properties"] = _properties(isa, job.properties).as_dict()
         values = self._capped(isa, request, timeout_s)
         layers = tuple(tuple(LayerReport(**layer) for layer in model) for model in values["layers"])
         return CappedRun(
@@ -228,8 +227,9 @@ class CpuIsaToolchain:
 
     def _judge(self, isa: Isa, request: dict[str, Any], timeout_s: float, error: str) -> NoReturn:
         """Raises `ToolchainRefused` where a model does not compile without the cap either, else `_CapArtefact`."""
-        for model in request["models"]:
-            bare = {"op": "compile", "models": [model], "properties": request["properties"]}
+        given = request.get("per_model") or [request["properties"]]
+        for model, properties in zip(request["models"], given, strict=True):
+            bare = {"op": "compile", "models": [model], "properties": properties}
             limits = {"timeout_s": timeout_s, "memory_limit_bytes": memory_limit()}
             reply = self._run(WORKER, request=bare, env=_environment(None), **limits)
             if "compile_error" in reply.values:
@@ -284,7 +284,6 @@ def _request(job: Job) -> dict[str, Any]:
         "op": "latency",
         "models": [str(model.resolve()) for model in job.models],
         "rounds": job.rounds,
-        "inferences": job.inferences,
         "round_ms": job.round_ms,
         "seconds": job.seconds,
         "warmup": job.warmup,

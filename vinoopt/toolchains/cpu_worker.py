@@ -47,16 +47,14 @@ class _CompileError(Exception):
 
 def _compile(request: dict[str, Any]) -> dict[str, Any]:
     path = request["models"][0]
-    layers = _layers(_compiled(path, request))
+    layers = _layers(_compiled(path, request["properties"]))
     quantizers = [op for op in ov.Core().read_model(path).get_ops() if op.get_type_name() == "FakeQuantize"]
     return {"layers": [layers], "is_quantized": bool(quantizers)}
 
 
 def _latency(request: dict[str, Any]) -> dict[str, Any]:
-    properties = request.get("per_model") or [request["properties"]] * len(request["models"])
-    models = [
-        _compiled(path, {"properties": own}) for path, own in zip(request["models"], properties, strict=True)
-    ]
+    given = zip(request["models"], request["per_model"], strict=True)
+    models = [_compiled(path, properties) for path, properties in given]
     racers = [_Racer.of(model, request) for model in models]
     samples: list[list[list[float]]] = [[] for _ in models]
     end = None if request["seconds"] is None else time.perf_counter() + request["seconds"]
@@ -83,12 +81,9 @@ class _Racer:
     @classmethod
     def of(cls, model: ov.CompiledModel, request: dict[str, Any]) -> _Racer:
         feeds = [_tensors(model, feed) for feed in _feeds(model, request["calls"])]
-        racer = cls(request=model.create_infer_request(), feeds=feeds, inferences=request["inferences"])
+        racer = cls(request=model.create_infer_request(), feeds=feeds)
         typical = sorted(racer.timed(request["warmup"]))[request["warmup"] // 2]
-        if request["round_ms"] is not None:
-            racer.inferences = min(
-                max(math.ceil(request["round_ms"] / max(typical, 1e-3)), 1), _MOST_PER_ROUND
-            )
+        racer.inferences = min(max(math.ceil(request["round_ms"] / max(typical, 1e-3)), 1), _MOST_PER_ROUND)
         return racer
 
     def timed(self, count: int) -> list[float]:
@@ -109,7 +104,7 @@ class _Racer:
 
 
 def _predict(request: dict[str, Any]) -> dict[str, Any]:
-    compiled = _compiled(request["models"][0], request)
+    compiled = _compiled(request["models"][0], request["properties"])
     inference = compiled.create_infer_request()
     names = request["names"] or [_output_name(port, number) for number, port in enumerate(compiled.outputs)]
 
@@ -130,7 +125,7 @@ def _block_times(request: dict[str, Any]) -> dict[str, Any]:
         times = layer_times(model, Device.CPU, request["properties"], calls, blocks=request["blocks"])
     except (RuntimeError, DeviceError) as exc:
         raise _CompileError(f"OpenVINO cannot time {Path(request['models'][0]).name}: {exc}") from exc
-    layers = _layers(_compiled(request["models"][0], request))
+    layers = _layers(_compiled(request["models"][0], request["properties"]))
     return {"layers": [layers], "times_us": times}
 
 
@@ -142,9 +137,9 @@ _OPERATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def _compiled(path: str, request: dict[str, Any]) -> ov.CompiledModel:
+def _compiled(path: str, properties: dict[str, str]) -> ov.CompiledModel:
     try:
-        return ov.Core().compile_model(path, "CPU", request["properties"])
+        return ov.Core().compile_model(path, "CPU", properties)
     except RuntimeError as exc:
         raise _CompileError(f"OpenVINO cannot compile {Path(path).name}: {reason_of(exc)}") from exc
 

@@ -224,7 +224,7 @@ class EmulatedCpuYardstick:
                 round_ms=round_ms,
                 seconds=seconds,
                 calls=self._calls(paths[0]),
-                per_model=tuple(properties for _, _, properties in entries.values()),
+                properties=tuple(properties for _, _, properties in entries.values()),
             )
             run = self._run(job)
         return tuple(
