@@ -122,7 +122,8 @@ def found_by(judge: Judge, widths: Mapping[float, int]) -> SearchResult:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "STAGE_S", 0.5)
+    monkeypatch.setattr(stage, "STAGE_S", 12.0)
+    monkeypatch.setattr(stage, "BUILDING_SHARE", 0.9)
     monkeypatch.setattr(stage, "_STEP_QUANTUM", 30)
     monkeypatch.setattr(stage, "_LEAST_STEPS", 30)
 
@@ -136,12 +137,15 @@ def test_faster_candidates_are_trained_in_rounds_and_may_win(tmp_path: Path) -> 
     assert {len(t.plan.widths[0].kept) for t in first_round} == {6, 4}
     assert all(t.plan.title.startswith("distilled pruned int8") for t in trained)
     longer = [t for t in trained if t not in first_round]
-    for trial in longer:  # a longer run goes on where a shorter one ended, and is only given to what needs it
+    for trial in longer:  # a further run goes on where a shorter one ended, and only where that was not enough
         runs = trial.plan.distillation.runs if trial.plan.distillation else ()
         before = next(t for t in trained if t.plan.distillation and t.plan.distillation.runs == runs[:-1]
                       and t.plan.widths == trial.plan.widths)
         assert before.state is TrialState.OVER_BUDGET
         assert trial.drop is not None and before.drop is not None and trial.drop < before.drop + 0.02
+    rounds = [line for line in said if line.startswith("round ")]
+    assert rounds[0].startswith("round 1: 2 candidates")
+    assert said.index(rounds[0]) > max(n for n, line in enumerate(said) if line.startswith("building "))
     assert result.reasons[0] == "searched" and "distillation" in result.reasons[-1]
     assert any("agreement" in line for line in said)
     assert list(judge.store.folder.glob("distilled-cpu-*.xml"))
@@ -150,7 +154,7 @@ def test_faster_candidates_are_trained_in_rounds_and_may_win(tmp_path: Path) -> 
 
 def test_what_was_trained_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = judge_in(tmp_path, max_drop=0.0)
-    first = distill_beyond(judge, found_by(judge, {0.0: 4}), StageOptions(), say=lambda text: None)
+    first = distill_beyond(judge, found_by(judge, {0.85: 6, 0.0: 4}), StageOptions(), say=lambda text: None)
     assert len(first.trials) > 2
 
     def never(*arguments: Any) -> Any:
@@ -159,7 +163,7 @@ def test_what_was_trained_is_taken_over(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("vinoopt.distillation.distiller.train", never)
     again = judge_in(tmp_path, max_drop=0.0)
     again.resume()
-    second = distill_beyond(again, found_by(again, {0.0: 4}), StageOptions(), say=lambda text: None)
+    second = distill_beyond(again, found_by(again, {0.85: 6, 0.0: 4}), StageOptions(), say=lambda text: None)
     assert [t.plan for t in second.trials] == [t.plan for t in first.trials]
 
 
@@ -167,7 +171,7 @@ def test_a_model_that_cannot_be_trained_is_left_as_it_was(tmp_path: Path, monkey
     def refuse(*arguments: Any) -> float:
         raise DistillationError("no rule to train through operator Loop ('l')")
 
-    monkeypatch.setattr("vinoopt.distillation.distiller.seconds_per_step", refuse)
+    monkeypatch.setattr("vinoopt.distillation.distiller.cost_of", refuse)
     judge = judge_in(tmp_path, max_drop=0.1)
     result = distill_beyond(judge, found_by(judge, {0.0: 4}), StageOptions(), say=lambda text: None)
     assert [t.plan for t in result.trials] == [FLOAT]

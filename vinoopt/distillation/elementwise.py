@@ -147,7 +147,7 @@ _REDUCTIONS: dict[str, Function] = {
     "ReduceMax": lambda x, d, k: x.amax(d, k),
     "ReduceMin": lambda x, d, k: x.amin(d, k),
     "ReduceL1": lambda x, d, k: x.abs().sum(d, k),
-    "ReduceL2": lambda x, d, k: x.square().sum(d, k).sqrt(),
+    "ReduceL2": lambda x, d, k: torch.linalg.vector_norm(x, 2, d, k),  # whose gradient at 0 is a number
     "ReduceLogicalAnd": lambda x, d, k: _each(torch.all, x, d, k),
     "ReduceLogicalOr": lambda x, d, k: _each(torch.any, x, d, k),
     "ReduceProd": lambda x, d, k: _each(torch.prod, x, d, k),

@@ -65,34 +65,37 @@ def distill(
     `peak_rate` is the largest change of a weight per step, relative to its tensor's size; by default 0.01 for a model
     with fewer weights than its teacher, else 0.0003. `augment` mirrors, shifts and mixes images (True), leaves inputs
     as they are (False), or is a function of the inputs of one batch and a `torch.Generator`. A run that was
-    interrupted goes on from `checkpoint`. The result is the same in every run with `threads=1` and no time limit.
+    interrupted, or cut by the time limit, goes on from `checkpoint`; Ctrl-C still raises `KeyboardInterrupt`. The
+    result is the same in every run with `threads=1` and no time limit.
 
-    `result.is_better` says whether training helped; `result.before` and `result.after` are divergences of the
-    outputs from the teacher's on held-back inputs, computed by OpenVINO. Raises `ExtraMissing` without PyTorch,
-    `DistillationError` for an operator that has no rule, and what reading model and data raises.
+    `result.is_better` says whether training helped, by more than chance; `result.before` and `result.after` are
+    divergences of the outputs from the teacher's on held-back inputs that training never saw, computed by OpenVINO.
+    Raises `ExtraMissing` without PyTorch, `DistillationError` for an operator that has no rule or fails in PyTorch
+    and for outputs without a gradient, and what reading model and data raises.
     """
     require_torch()
-    from vinoopt.distillation.distiller import Run, train
+    from vinoopt.distillation.distiller import Run, open_school, train
 
     model = _model(compressed)
     master = _teacher(teacher, preprocess, shape)
     dataset = _dataset(data, labels, master)
     say = on_event or (lambda event: None)
+    deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+    plan = _plan(
+        runs=(steps,),
+        batch=batch,
+        peak_rate=_rate(model, master) if peak_rate is None else peak_rate,
+        inner_weight=inner_weight,
+        augments=augment is not False,
+        label_weight=label_weight if labels is not None else 0.0,
+        seed=seed,
+    )
     return train(
         model,
-        master,
-        dataset,
-        _plan(
-            runs=(steps,),
-            batch=batch,
-            peak_rate=_rate(model, master) if peak_rate is None else peak_rate,
-            inner_weight=inner_weight,
-            augments=augment is not False,
-            label_weight=label_weight if labels is not None else 0.0,
-            seed=seed,
-        ),
+        open_school(master, dataset, seed=seed),
+        plan,
         Run(
-            deadline=None if time_limit_s is None else time.monotonic() + time_limit_s,
+            deadline=deadline,
             checkpoint=None if checkpoint is None else Path(checkpoint),
             augment=None if isinstance(augment, bool) else augment,
             threads=threads,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,15 @@ import torch
 
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.plain_float import spelled_out
+from vinoopt.distillation.rules import failing, wide
 from vinoopt.errors import DistillationError
 
 FLOAT_TOLERANCE = 1e-4
 """Root mean square of the difference over the output's: sums of float32 in another order."""
+CHANNEL_TOLERANCE = 10.0
+"""How many times that for a single channel, beside whose sums its own may be small."""
+_QUIET = 0.1
+"""Of the usual channel's size: one of less counts as so large."""
 HALF_TOLERANCE = 2e-2
 """The same for graphs that hold float16: the mirror computes in float32."""
 ROUNDED_TOLERANCE = 2e-2
@@ -35,7 +40,9 @@ def check_equality(mirror: Mirror, calls: Sequence[Sequence[Any]]) -> None:
     is_quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
     mirror.rounds = False
     try:
-        _compare(mirror, run(spelled_out(model, rounds=False), calls, _EXACT), calls, tolerance)
+        expected = run(spelled_out(model, rounds=False), calls, _EXACT)
+        _compare(mirror, expected, calls, tolerance)
+        _compare(mirror, expected, calls, CHANNEL_TOLERANCE * tolerance, apart_by=channel_departure)
     finally:
         mirror.rounds = True
     if is_quantized:
@@ -56,8 +63,8 @@ def check_batches(mirror: Mirror, calls: Sequence[Sequence[Any]]) -> bool:
         single = _outputs(mirror, calls)
         with torch.no_grad():
             joined = [torch.cat(list(values)) for values in zip(*calls, strict=True)]
-            together = [value.numpy() for value in mirror([_wide(x) for x in joined], mirror.results)]
-    except (RuntimeError, IndexError):  # shapes that do not fit: the graph is made for one call
+            together = [value.numpy() for value in mirror([wide(x) for x in joined], mirror.results)]
+    except (DistillationError, RuntimeError, IndexError):  # shapes that do not fit: the graph is made for one call
         return False
     finally:
         mirror.rounds = True
@@ -67,10 +74,16 @@ def check_batches(mirror: Mirror, calls: Sequence[Sequence[Any]]) -> bool:
 
 
 def _compare(
-    mirror: Mirror, expected: Sequence[np.ndarray[Any, Any]], calls: Sequence[Sequence[Any]], tolerance: float
+    mirror: Mirror,
+    expected: Sequence[np.ndarray[Any, Any]],
+    calls: Sequence[Sequence[Any]],
+    tolerance: float,
+    *,
+    apart_by: Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], float] | None = None,
 ) -> None:
+    measure = apart_by or departure
     for number, (own, its) in enumerate(zip(_outputs(mirror, calls), expected, strict=True)):
-        apart = departure(own, its) if own.shape == its.shape else float("inf")
+        apart = measure(own, its) if own.shape == its.shape else float("inf")
         if not apart <= tolerance:
             raise DistillationError(
                 f"the model's image in PyTorch departs from OpenVINO's output {number} by {apart:.2g} of its size "
@@ -88,19 +101,33 @@ def departure(actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> f
     return float(np.sqrt(np.mean((a[finite] - e[finite]) ** 2))) / max(size, 1e-12) if finite.any() else 0.0
 
 
+def channel_departure(actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    """The largest `departure` of a single channel: large ones must not hide that small ones differ.
+
+    Channels are the shortest dimension behind the first, as in losses.
+    """
+    sizes = {axis: size for axis, size in enumerate(expected.shape) if axis and size > 1}
+    axis = min(sizes, key=lambda each: sizes[each], default=None)
+    if axis is None:
+        return departure(actual, expected)
+    a, e = (np.moveaxis(np.asarray(v, np.float64), axis, 0).reshape(sizes[axis], -1) for v in (actual, expected))
+    finite = np.isfinite(e)
+    a, e = (np.where(finite, values, 0.0) for values in (a, e))
+    counts = np.maximum(finite.sum(1), 1)
+    sizes_of, errors = (np.sqrt((values**2).sum(1) / counts) for values in (e, a - e))
+    return float((errors / np.maximum(sizes_of, max(_QUIET * float(np.median(sizes_of)), 1e-12))).max())
+
+
 def _outputs(mirror: Mirror, calls: Sequence[Sequence[Any]]) -> list[np.ndarray[Any, Any]]:
     """Every output over all calls, one behind the other."""
     with torch.no_grad():
-        values = [mirror([_wide(x) for x in call], mirror.results) for call in calls]
+        values = [mirror([wide(x) for x in call], mirror.results) for call in calls]
     return [np.concatenate([v[i].numpy() for v in values]) for i in range(len(mirror.results))]
 
 
 def run(model: ov.Model, calls: Sequence[Sequence[Any]], properties: dict[str, str]) -> list[np.ndarray[Any, Any]]:
     """Every output over all calls, by OpenVINO on the CPU."""
-    compiled = ov.Core().compile_model(model, "CPU", properties)
-    values = [[np.array(v) for v in compiled([x.numpy() for x in call]).values()] for call in calls]
+    with failing("running the model in OpenVINO"):
+        compiled = ov.Core().compile_model(model, "CPU", properties)
+        values = [[np.array(v) for v in compiled([x.numpy() for x in call]).values()] for call in calls]
     return [np.concatenate([v[i] for v in values]) for i in range(len(compiled.outputs))]
-
-
-def _wide(x: Any) -> Any:
-    return x if x.is_floating_point() or x.dtype == torch.bool else x.to(torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -11,27 +12,77 @@ from torch.nn import functional as F  # noqa: N812 - its customary name
 
 from vinoopt.compression.sensitivity import is_classifier_shape
 
-OutputLoss: TypeAlias = Callable[[Any, Any], Any]
-"""Student's and teacher's values of one output to a number, 0 where they are equal."""
+Measure: TypeAlias = Callable[[Any, Any], Any]
+"""Student's and teacher's values of one output to a number."""
 _TINY = 1e-12
 _QUIET = 0.1
+_ERROR_SHARE = 0.1
+"""Of the relative error beside the divergence of scores that no softmax follows: what their softmax does not see,
+as a shift of all, may be seen by whoever reads them."""
+_SURE = 0.9
+"""Of the entropy of a mere guess: values whose softmax has more on average are no class scores."""
 
 
-def output_loss(examples: Any, *, are_scores: bool) -> OutputLoss:
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class OutputLoss:
+    """The loss of one output, and what its reader would call equal."""
+
+    distance: Measure
+    """0 where both are equal."""
+    agreement: Measure | None = None
+    """Share of the decisions that are the same; None for an output that decides nothing."""
+
+    def __call__(self, student: Any, teacher: Any) -> Any:
+        """The distance."""
+        return self.distance(student, teacher)
+
+
+def output_loss(examples: Any, *, ending: str | None = None, is_finished: bool = True) -> OutputLoss:
     """The loss of an output, from the teacher's values on some inputs.
 
-    Class scores ([B, C], or that with trailing ones): KL divergence of the softmax from the teacher's (Hinton et
-    al. 2015, arXiv 1503.02531, at temperature 1). `are_scores` says that a softmax follows in the graph, so these
-    are its inputs; without, values that already sum to one are taken as probabilities. Anything else: squared
-    error over the teacher's variance, per channel.
+    `ending` names the `Softmax` or `Sigmoid` that makes the output, where one does, and `is_finished` says whether
+    the values are those after it. Behind a softmax, and for class scores ([B, C], or that with trailing ones) that
+    read as such: KL divergence of the softmax from the teacher's (Hinton et al. 2015, arXiv 1503.02531, at
+    temperature 1). Behind a sigmoid: that of every yes or no. Anything else, as what is regressed or embedded:
+    squared error over the teacher's variance, per channel. Whole numbers have no gradient, and count nothing.
     """
-    if is_classifier_shape(examples.shape):
-        sums = examples.flatten(1).sum(1)
-        is_softmax = float(examples.min()) >= 0 and bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-2))
-        return _divergence_of_probabilities if is_softmax and not are_scores else _divergence
     if not examples.is_floating_point():
-        return lambda student, teacher: torch.zeros(())
-    return relative_error(examples)
+        return OutputLoss(distance=lambda student, teacher: torch.zeros(()))
+    if ending == "Sigmoid" and is_row_shape(examples.shape):
+        distance = _chances if is_finished else _chances_of_scores
+        return OutputLoss(distance=distance, agreement=_same_sides(is_finished))
+    error = relative_error(examples)
+    if not is_classifier_shape(examples.shape):
+        return OutputLoss(distance=error)
+    if ending == "Softmax":
+        return OutputLoss(distance=_of_shares if is_finished else _divergence, agreement=_same_classes)
+    if _are_shares(examples):
+        return OutputLoss(distance=_of_shares, agreement=_same_classes)
+    if not _read_as_scores(examples):
+        return OutputLoss(distance=error)
+    return OutputLoss(distance=lambda s, t: _divergence(s, t) + _ERROR_SHARE * error(s, t), agreement=_same_classes)
+
+
+def is_row_shape(shape: Sequence[int]) -> bool:
+    """Whether an output of this shape has one row of values per sample: [B, C], or that with trailing ones."""
+    return len(shape) >= 2 and all(size == 1 for size in shape[2:])
+
+
+def _are_shares(values: Any) -> bool:
+    """Whether the values of every sample sum to one, as a softmax makes them."""
+    sums = values.flatten(1).sum(1)
+    return float(values.min()) >= 0 and bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-2))
+
+
+def _read_as_scores(examples: Any) -> bool:
+    """Whether their softmax decides: for one class here and another there, and more surely than by a guess."""
+    scores = examples.flatten(1)
+    logarithms = F.log_softmax(scores, -1)
+    entropy = float(-(logarithms.exp() * logarithms).sum(1).mean())
+    return entropy < _SURE * math.log(scores.shape[1]) and len(scores.argmax(1).unique()) > 1
+
+
+# --------------------------------------------------------------------------- distances
 
 
 def _divergence(student: Any, teacher: Any) -> Any:
@@ -39,12 +90,31 @@ def _divergence(student: Any, teacher: Any) -> Any:
     return F.kl_div(s, t, reduction="batchmean", log_target=True)
 
 
-def _divergence_of_probabilities(student: Any, teacher: Any) -> Any:
+def _of_shares(student: Any, teacher: Any) -> Any:
     s, t = (torch.log(x.flatten(1).clamp(min=_TINY)) for x in (student, teacher))
     return F.kl_div(s, t, reduction="batchmean", log_target=True)
 
 
-def relative_error(examples: Any) -> OutputLoss:
+def _chances_of_scores(student: Any, teacher: Any) -> Any:
+    yes, no = ((F.logsigmoid(sign * student), F.logsigmoid(sign * teacher)) for sign in (1, -1))
+    return _bernoulli(*yes, *no)
+
+
+def _chances(student: Any, teacher: Any) -> Any:
+    yes, no = (
+        (torch.log(s.clamp(min=_TINY)), torch.log(t.clamp(min=_TINY)))
+        for s, t in ((student, teacher), (1 - student, 1 - teacher))
+    )
+    return _bernoulli(*yes, *no)
+
+
+def _bernoulli(yes: Any, its_yes: Any, no: Any, its_no: Any) -> Any:
+    """KL divergence of chances from the teacher's, given as logarithms; the sum over a sample's."""
+    each = its_yes.exp() * (its_yes - yes) + its_no.exp() * (its_no - no)
+    return each.flatten(1).sum(1).mean()
+
+
+def relative_error(examples: Any) -> Measure:
     """Mean over channels of squared error over the variance of `examples`.
 
     Channels are the shortest dimension behind the batch, as in damage tables of the search. One that hardly moves
@@ -53,7 +123,7 @@ def relative_error(examples: Any) -> OutputLoss:
     """
     inner = range(1, examples.ndim)
     sizes = {axis: examples.shape[axis] for axis in inner if examples.shape[axis] > 1}
-    channel = min(sizes, key=lambda axis: sizes[axis], default=0)
+    channel = min(sizes, key=lambda axis: sizes[axis], default=None)
     others = tuple(axis for axis in range(examples.ndim) if axis != channel)
     variance = examples.var(others, unbiased=False, keepdim=True) if others else examples.var(unbiased=False)
     floor = max(float(variance.median()) * _QUIET, float(variance.mean()) * 1e-6, _TINY)
@@ -65,28 +135,50 @@ def relative_error(examples: Any) -> OutputLoss:
     return loss
 
 
+# --------------------------------------------------------------------------- decisions
+
+
+def _same_classes(student: Any, teacher: Any) -> float:
+    """Share of samples with the same highest score."""
+    return float((student.flatten(1).argmax(1) == teacher.flatten(1).argmax(1)).float().mean())
+
+
+def _same_sides(is_finished: bool) -> Measure:
+    """Share of yes and no that are the same."""
+    middle = 0.5 if is_finished else 0.0
+    return lambda student, teacher: float(((student > middle) == (teacher > middle)).float().mean())
+
+
+# --------------------------------------------------------------------------- all outputs
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Loss:
     """The loss over all outputs, and over the values inside that are matched beside them."""
 
     outputs: Sequence[OutputLoss]
-    inner: Sequence[OutputLoss]
-    inner_weight: float
+    inner: Sequence[Measure]
 
-    def __call__(self, student: Sequence[Any], teacher: Sequence[Any]) -> tuple[Any, Any]:
-        """What is trained on, and its part that is of the outputs; values are outputs first, then inner ones."""
+    def __call__(self, student: Sequence[Any], teacher: Sequence[Any], *, inner_weight: float) -> Any:
+        """What is trained on; values are outputs first, then inner ones."""
         count = len(self.outputs)
         outer = self.of_outputs(student[:count], teacher[:count])
-        if not self.inner or not self.inner_weight:
-            return outer, outer
-        return outer + self.inner_weight * _mean(self.inner, student[count:], teacher[count:]), outer
+        if not self.inner or not inner_weight:
+            return outer
+        return outer + inner_weight * _mean(self.inner, student[count:], teacher[count:])
 
     def of_outputs(self, student: Sequence[Any], teacher: Sequence[Any]) -> Any:
         """The part that is of the outputs."""
         return _mean(self.outputs, student, teacher)
 
+    def agreement(self, student: Sequence[Any], teacher: Sequence[Any]) -> float | None:
+        """Mean share of equal decisions; None where no output decides anything."""
+        triples = zip(self.outputs, student, teacher, strict=True)
+        shares = [loss.agreement(s, t) for loss, s, t in triples if loss.agreement is not None]
+        return float(sum(shares) / len(shares)) if shares else None
 
-def _mean(losses: Sequence[OutputLoss], student: Sequence[Any], teacher: Sequence[Any]) -> Any:
+
+def _mean(losses: Sequence[Measure], student: Sequence[Any], teacher: Sequence[Any]) -> Any:
     values = [loss(s, t) for loss, s, t in zip(losses, student, teacher, strict=True)]
     return sum(values) / len(values)
 
@@ -94,14 +186,5 @@ def _mean(losses: Sequence[OutputLoss], student: Sequence[Any], teacher: Sequenc
 def cross_entropy(scores: Any, labels: Any) -> Any:
     """Of class scores [B, C] with class numbers [B]; probabilities are told by their sum."""
     flat = scores.flatten(1)
-    sums = flat.detach().sum(1)
-    is_softmax = float(flat.detach().min()) >= 0 and bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-2))
-    logarithms = torch.log(flat.clamp(min=_TINY)) if is_softmax else F.log_softmax(flat, -1)
+    logarithms = torch.log(flat.clamp(min=_TINY)) if _are_shares(flat.detach()) else F.log_softmax(flat, -1)
     return F.nll_loss(logarithms, labels.reshape(-1).to(flat.device))
-
-
-def agreement(student: Any, teacher: Any) -> float | None:
-    """Share of samples with the same highest score; None for an output that is not class scores."""
-    if not is_classifier_shape(teacher.shape):
-        return None
-    return float((student.flatten(1).argmax(1) == teacher.flatten(1).argmax(1)).float().mean())

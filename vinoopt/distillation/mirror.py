@@ -9,6 +9,7 @@ scales. Everything else is computed as it stands; what depends on constants only
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,15 @@ from openvino import opset13 as ops
 from vinoopt.distillation import elementwise, layers, recurrent, resampling, shaping
 from vinoopt.distillation.fusions import Step, fused
 from vinoopt.distillation.quantizers import Grid, clamp, fake_quantize
-from vinoopt.distillation.rules import function_of, refuse, whole
+from vinoopt.distillation.rules import FOREIGN_ERRORS, failing, first_line, function_of, refuse, whole
 from vinoopt.distillation.weights import Key, Weight, as_tensor, find_weights, key_of
+from vinoopt.errors import DistillationError
 
 RULE_ROOMS = (elementwise, layers, recurrent, resampling, shaping)
 """Imported for the rules that they enter."""
 _BATCHED = frozenset({"Reshape", "Broadcast"})
+_ENDINGS = frozenset({"Softmax", "Sigmoid"})
+"""Operators that make class scores of an output's last values."""
 
 
 class _Range:
@@ -45,6 +49,16 @@ class _Range:
                 node.input(port).replace_source_output(new.output(0))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """The operator that makes scores of an output's last values."""
+
+    kind: str
+    """`Softmax` or `Sigmoid`."""
+    key: Key
+    """The values before it."""
+
+
 class Mirror(torch.nn.Module):  # type: ignore[misc]
     """`model` in PyTorch; `write` puts what was trained into `model`.
 
@@ -58,8 +72,8 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
         self.input_keys: tuple[Key, ...] = tuple((p.get_name(), 0) for p in model.get_parameters())
         self.own_batch = _own_batch(model)
         self.results: tuple[Key, ...] = tuple(key_of(result.input_value(0)) for result in model.get_results())
-        self.scores: tuple[Key | None, ...] = tuple(_scores_key(result) for result in model.get_results())
-        """Per output the values before its softmax; None where it has none."""
+        self.endings: tuple[Ending | None, ...] = tuple(_ending(result) for result in model.get_results())
+        """Per output what makes scores of it; None where nothing does."""
         self._weights: tuple[Weight, ...] = tuple(find_weights(model)) if trains else ()
         self._ranges: dict[bytes, _Range] = {}
         self._constants: dict[Key, Any] = {}
@@ -83,10 +97,13 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
         wanted = set(keys)
         factor = inputs[0].shape[0] // self.own_batch if self.own_batch and inputs[0].ndim else 1
         for number, step in enumerate(self._steps):
-            arguments = [values[key] for key in step.inputs]
-            if step.carries_batch and factor != 1:
-                arguments[1] = torch.tensor([(self.own_batch or 1) * factor, *whole(arguments[1])[1:]])
-            result = step.function(*arguments)
+            try:
+                arguments = [values[key] for key in step.inputs]
+                if step.carries_batch and factor != 1:
+                    arguments[1] = torch.tensor([(self.own_batch or 1) * factor, *whole(arguments[1])[1:]])
+                result = step.function(*arguments)
+            except FOREIGN_ERRORS as exc:
+                raise _broken(step, exc) from exc
             if isinstance(result, tuple | list):
                 values.update({(step.name, port): each for port, each in enumerate(result)})
             else:
@@ -122,7 +139,7 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
     # ------------------------------------------------------------------ reading the graph
 
     def _kept_keys(self) -> frozenset[Key]:
-        return frozenset([*self.results, *(key for key in self.scores if key is not None)])
+        return frozenset([*self.results, *(ending.key for ending in self.endings if ending is not None)])
 
     def _read(self, model: ov.Model) -> tuple[Step, ...]:
         trained = {weight.key for weight in self._weights}
@@ -132,7 +149,7 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
             if kind in ("Parameter", "Result") or (name, 0) in trained:
                 continue
             if kind == "Constant":
-                if node.get_element_type().get_type_name() not in _UNREADABLE:
+                with failing(f"reading constant '{node.get_friendly_name()}'"):
                     self._constants[name, 0] = as_tensor(node)
                 continue
             inputs = tuple(key_of(value) for value in node.input_values())
@@ -180,7 +197,7 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
 
         def quantize(x: Any) -> Any:
             if self.rounds or not is_live:
-                return fake_quantize(x, shared.theta, grid)
+                return fake_quantize(x, shared.theta, grid, has_samples=is_live)
             return clamp(x, shared.theta, grid)
 
         return Step(
@@ -188,20 +205,23 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
             title=node.get_friendly_name(),
             kind=node.get_type_name(),
             function=quantize,
-            absorbs_relu=is_live and all(float(bound.min()) == 0 for bound in (grid.low,)),
+            absorbs_relu=is_live and float(grid.low.min()) == 0,
             inputs=(source,),
             carries_batch=False,
         )
 
     def _fold(self, step: Step) -> None:
-        with torch.no_grad():
-            result = step.function(*(self._constants[key] for key in step.inputs))
+        try:
+            with torch.no_grad():
+                result = step.function(*(self._constants[key] for key in step.inputs))
+        except FOREIGN_ERRORS as exc:
+            raise _broken(step, exc) from exc
         results = result if isinstance(result, tuple | list) else (result,)
         self._constants.update({(step.name, port): each for port, each in enumerate(results)})
 
 
-_UNREADABLE = frozenset({"string", "u4", "i4", "u1", "nf4", "u2", "f8e4m3", "f8e5m2", "f8e8m0", "f4e2m1"})
-"""Element types that numpy does not hold one value per item; a graph that computes with them has no mirror."""
+def _broken(step: Step, exc: BaseException) -> DistillationError:
+    return DistillationError(f"operator {step.kind} ('{step.title}') failed in PyTorch: {first_line(exc)}")
 
 
 def _own_batch(model: ov.Model) -> int | None:
@@ -215,6 +235,7 @@ def _own_batch(model: ov.Model) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _scores_key(result: ov.Node) -> Key | None:
+def _ending(result: ov.Node) -> Ending | None:
     source = result.input_value(0).get_node()
-    return key_of(source.input_value(0)) if source.get_type_name() == "Softmax" else None
+    kind = source.get_type_name()
+    return Ending(kind=kind, key=key_of(source.input_value(0))) if kind in _ENDINGS else None

@@ -68,10 +68,10 @@ class Grid:
         return near if abs(place - near) < _ON_GRID and 0 <= near < self.levels else None
 
 
-def fake_quantize(x: Any, theta: Any, grid: Grid) -> Any:
-    """`x` on the grid scaled by exp(theta), with gradients for both."""
+def fake_quantize(x: Any, theta: Any, grid: Grid, *, has_samples: bool = False) -> Any:
+    """`x` on the grid scaled by exp(theta), with gradients for both; `has_samples` says what its first axis is."""
     grid = grid.at(x.device)
-    return _onto_output(_FakeQuantize.apply(x, theta, grid), theta, grid)
+    return _onto_output(_FakeQuantize.apply(x, theta, grid, has_samples), theta, grid)
 
 
 def clamp(x: Any, theta: Any, grid: Grid) -> Any:
@@ -97,7 +97,7 @@ class _FakeQuantize(torch.autograd.Function):  # type: ignore[misc]
     """The forward rule of OpenVINO's FakeQuantize onto its own input range, and the gradients above."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, theta: Any, grid: Grid) -> Any:
+    def forward(ctx: Any, x: Any, theta: Any, grid: Grid, has_samples: bool) -> Any:
         zero = grid.offset_levels()
         if zero is None:
             factor = torch.exp(theta)
@@ -109,11 +109,11 @@ class _FakeQuantize(torch.autograd.Function):  # type: ignore[misc]
             low, high = -zero * step, (grid.levels - 1 - zero) * step
             y = (x * (1 / step)).round_().clamp_(-zero, grid.levels - 1 - zero).mul_(step)
         ctx.save_for_backward(x, y, theta)
-        ctx.bounds = (low, high, step)
+        ctx.bounds, ctx.thinning = (low, high, step), _THINNING if has_samples and x.ndim > 1 else 1
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[Any, Any, None]:
+    def backward(ctx: Any, grad: Any) -> tuple[Any, Any, None, None]:
         x, y, theta = ctx.saved_tensors
         low, high, step = ctx.bounds
         if isinstance(low, float):
@@ -122,8 +122,10 @@ class _FakeQuantize(torch.autograd.Function):  # type: ignore[misc]
         else:
             passed = torch.where((x >= low) & (x <= high), grad, 0.0)
         if not ctx.needs_input_grad[1]:
-            return passed, None, None
-        rows = max(len(x) // _THINNING, 1) if isinstance(low, float) and x.ndim > 1 else len(x)
+            return passed, None, None, None
+        if ctx.thinning == 1:
+            return passed, (grad * y - passed * x).sum_to_size(theta.shape), None, None
+        rows = max(len(x) // ctx.thinning, 1)
         for_theta = grad[:rows] * y[:rows]
         for_theta.sub_(passed[:rows] * x[:rows])
-        return passed, for_theta.sum_to_size(theta.shape).mul_(len(x) / rows), None
+        return passed, for_theta.sum_to_size(theta.shape).mul_(len(x) / rows), None, None

@@ -7,6 +7,7 @@ from typing import Any
 
 import openvino as ov
 import torch
+from torch.nn import functional as F  # noqa: N812 - its customary name
 
 from vinoopt.distillation.rules import Function, refuse, rule, whole
 
@@ -61,6 +62,17 @@ def _interpolate(node: ov.Node) -> Function:
         return x
 
     return interpolate
+
+
+@rule("GridSample")
+def _grid_sample(node: ov.Node) -> Function:
+    a = node.get_attributes()
+    aligns, mode, padding = bool(a["align_corners"]), str(a["mode"]), str(a["padding_mode"])
+
+    def sample(x: Any, grid: Any) -> Any:
+        return F.grid_sample(x, grid, mode=mode, padding_mode=padding, align_corners=aligns)
+
+    return sample
 
 
 def _linear(places: Any, size: int) -> Any:

@@ -7,7 +7,8 @@ int64 whatever the graph says; all floats are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import openvino as ov
@@ -20,6 +21,23 @@ Function: TypeAlias = Callable[..., Any]
 Rule: TypeAlias = Callable[[ov.Node], Function]
 
 RULES: dict[str, Rule] = {}
+
+FOREIGN_ERRORS = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+"""What PyTorch and OpenVINO raise for a graph, a shape or a machine that they cannot serve."""
+
+
+@contextmanager
+def failing(doing: str) -> Iterator[None]:
+    """Makes what PyTorch or OpenVINO raises inside the block a `DistillationError` that says what was being done."""
+    try:
+        yield
+    except FOREIGN_ERRORS as exc:
+        raise DistillationError(f"{doing} failed: {first_line(exc)}") from exc
+
+
+def first_line(exc: BaseException) -> str:
+    """The first line of an error's text, or its kind where it has none."""
+    return (str(exc).splitlines() or [type(exc).__name__])[0]
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -39,7 +57,8 @@ def function_of(node: ov.Node) -> Function:
         raise DistillationError(f"no rule to train through operator {kind} ('{node.get_friendly_name()}')")
     if node.get_attributes().get("auto_broadcast", "numpy") == "pdpd":
         raise refuse(node, "PDPD broadcasting")
-    return RULES[kind](node)
+    with failing(f"reading operator {kind} ('{node.get_friendly_name()}')"):
+        return RULES[kind](node)
 
 
 def refuse(node: ov.Node, what: str) -> DistillationError:
@@ -47,6 +66,11 @@ def refuse(node: ov.Node, what: str) -> DistillationError:
     return DistillationError(
         f"no rule to train through {what} of operator {node.get_type_name()} ('{node.get_friendly_name()}')"
     )
+
+
+def wide(values: Any) -> Any:
+    """An input as a mirror takes it: floats and booleans as they are, whole numbers as int64."""
+    return values if values.is_floating_point() or values.dtype == torch.bool else values.to(torch.int64)
 
 
 def whole(values: Any) -> list[int]:

@@ -59,7 +59,14 @@ def _unsqueeze(node: ov.Node) -> Function:
 @rule("Concat")
 def _concat(node: ov.Node) -> Function:
     axis = int(node.get_attributes()["axis"])
-    return lambda *parts: torch.cat(parts, dim=axis)
+
+    def concat(*parts: Any) -> Any:
+        if axis % parts[0].ndim:  # a constant, as the class token is, has one call's batch where others have several
+            most = max(len(part) for part in parts)
+            parts = tuple(p if len(p) == most else p.repeat(most // len(p), *[1] * (p.ndim - 1)) for p in parts)
+        return torch.cat(parts, dim=axis)
+
+    return concat
 
 
 @rule("Split")
@@ -106,8 +113,6 @@ def _strided(x: Any, dim: int, places: range) -> Any:
 @rule("StridedSlice")
 def _strided_slice(node: ov.Node) -> Function:
     masks = node.get_attributes()
-    if any(masks["ellipsis_mask"]):
-        raise refuse(node, "an ellipsis")
 
     def is_set(name: str, place: int) -> bool:
         mask = masks[name]
@@ -118,6 +123,9 @@ def _strided_slice(node: ov.Node) -> Function:
         steps = [1] * len(starts) if strides is None else whole(strides)
         dim = 0
         for place, (start, stop, step) in enumerate(zip(starts, stops, steps, strict=True)):
+            if is_set("ellipsis_mask", place):
+                dim = x.ndim - sum(not is_set("new_axis_mask", later) for later in range(place + 1, len(starts)))
+                continue
             if is_set("new_axis_mask", place):
                 x = x.unsqueeze(dim)
             elif is_set("shrink_axis_mask", place):
@@ -167,11 +175,18 @@ def _mirrored(size: int, before: int, after: int, mode: str) -> Any:
 
 @rule("Gather")
 def _gather(node: ov.Node) -> Function:
-    if int(node.get_attributes().get("batch_dims", 0)):
-        raise refuse(node, "batch dimensions")
+    batch_dims = int(node.get_attributes().get("batch_dims", 0))
 
     def gather(x: Any, indices: Any, axis: Any) -> Any:
-        dim = int(axis) % x.ndim
+        dim, shared = int(axis) % x.ndim, batch_dims % max(indices.ndim, 1)
+        if shared:
+            common = x.shape[:shared]
+            rows = zip(x.flatten(0, shared - 1), indices.flatten(0, shared - 1), strict=True)
+            picked = torch.stack([pick(row, each, dim - shared) for row, each in rows])
+            return picked.reshape(*common, *picked.shape[1:])
+        return pick(x, indices, dim)
+
+    def pick(x: Any, indices: Any, dim: int) -> Any:
         flat = indices.reshape(-1).to(torch.int64)
         flat = torch.where(flat < 0, flat + x.shape[dim], flat)
         picked = x.index_select(dim, flat)
@@ -276,6 +291,16 @@ def _top_k(node: ov.Node) -> Function:
         return values, indices
 
     return top_k
+
+
+@rule("Roll")
+def _roll(node: ov.Node) -> Function:
+    return lambda x, shift, axes: x.roll(_paired(whole(shift), whole(axes)), whole(axes))
+
+
+def _paired(shifts: list[int], axes: list[int]) -> list[int]:
+    """One shift per axis, where one may be given for all."""
+    return shifts * len(axes) if len(shifts) == 1 else shifts
 
 
 @rule("Reverse")

@@ -1,16 +1,20 @@
 """The stage of the search behind the training-free frontier: too damaged, but faster, and worth training.
 
 Candidates are built as they stand and timed before any of them is trained, since training moves no time. Then they
-are halved (Jamieson & Talwalkar 2016, arXiv 1502.07943): all get a short run, those that are left get longer ones.
-Each run is a candidate of its own, judged by OpenVINO on the search part like every other, and may win.
+are halved (Jamieson & Talwalkar 2016, arXiv 1502.07943): all get a short run, those that are left get longer ones,
+and the best of them what time is left. Each run is a candidate of its own, judged by OpenVINO on the search part like
+every other, and may win.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import openvino as ov
 
@@ -22,16 +26,26 @@ from vinoopt.compression.search import SearchResult
 from vinoopt.distillation.needs import PRUNED_RATE, ROUNDED_RATE
 from vinoopt.errors import DistillationError
 from vinoopt.records import CompressionPlan, DistillationPlan, GroupWidth, Trial, TrialState
+from vinoopt.store import digest
+
+if TYPE_CHECKING:
+    from vinoopt.distillation.distiller import Cost, School
 
 STAGE_S = 1200.0
 """For the whole stage, without a time limit."""
 SPEEDS = (1.12, 1.25, 1.4)
 """How many times faster than the best training-free candidate the prospects are predicted to be."""
-RUNG_SHARES = (0.25, 0.25, 0.5)
-"""Of the stage's time, for each round of runs."""
+RUNG_SHARES = (0.25, 0.4, 1.0)
+"""Of the time that is left then, for each round of runs; a round of one candidate gets all of it."""
+BUILDING_SHARE = 0.2
+"""Of the stage's time, after which no further candidate is built."""
 _LEAST_STEPS, _STEP_QUANTUM = 50, 50
 _JUDGING_S = 10.0
-"""Kept free at the end of a time limit."""
+"""Kept free at the end of a time limit where nothing is known yet of what a judgement takes."""
+_SPARE = 1.3
+"""Of what a judgement took, kept free for the next."""
+_PATIENCE = 1.5
+"""Of the time that a run was planned to take, under a time limit."""
 _AT_EACH_SPEED = 2
 """Of the plans that the search would go on to, beyond the first speed."""
 _LARGE = 3 * 96 * 96
@@ -54,7 +68,11 @@ class _Runner:
     plan: CompressionPlan
     latency_ms: float
     """Before training, which does not change it."""
+    damage: float
+    """Before training."""
     trial: Trial | None = None
+    is_spent: bool = False
+    """Whether its last run brought nothing."""
 
     @property
     def runs(self) -> tuple[int, ...]:
@@ -67,9 +85,24 @@ class _Runner:
         return self.trial is not None and self.trial.state is TrialState.COMPLETE
 
     @property
-    def drop(self) -> float:
-        """On the search part; infinite where it failed."""
-        return math.inf if self.trial is None or self.trial.drop is None else self.trial.drop
+    def is_open(self) -> bool:
+        """Whether a run, or a longer one, may bring it into the budget."""
+        return not self.is_inside and (self.trial is None or self.trial.drop is not None)
+
+    @property
+    def promise(self) -> tuple[bool, float, float]:
+        """To be sorted by: the least drop on the search part first, then what was not trained yet, by its damage."""
+        drop = math.inf if self.trial is None or self.trial.drop is None else self.trial.drop
+        return self.is_spent, drop, self.damage
+
+
+class _CutShort(DistillationError):  # noqa: N818 - reads as what happened
+    """A run that the time limit ended: what it made is not the plan's model, but that of fewer steps."""
+
+    def __init__(self, model: ov.Model, steps: int) -> None:
+        super().__init__(f"the time limit ended the run after {steps} steps")
+        self.model = model
+        self.steps = steps
 
 
 def distill_beyond(
@@ -108,9 +141,15 @@ class _Stage:
         self.say = say
         self.reasons: list[str] = []
         self.started = time.monotonic()
-        self.seconds = STAGE_S
-        if options.deadline is not None:
-            self.seconds = max(options.deadline - self.started - _JUDGING_S, 0.0)
+        self.ends = self.started + STAGE_S if options.deadline is None else options.deadline
+        self.building_ends = self.started + BUILDING_SHARE * (self.ends - self.started)
+        self.made: dict[CompressionPlan, ov.Model | DistillationError] = {}
+        """What runs gave that are not in the store, by their plans."""
+        self.cost: Cost | None = None
+        """Of a run, as the last one of some length had it."""
+        self.run_ends = math.inf
+        """When the run at hand has had so much more time than was planned that others need the rest."""
+        self._school: School | None = None
 
     # ------------------------------------------------------------------ the whole stage
 
@@ -127,30 +166,95 @@ class _Stage:
             self.reasons.append("nothing was distilled: no candidate beyond the budget was faster when timed")
             return
         try:
-            pace = self._pace(runners[0])
+            self.cost = self._measured_cost(runners[0])
         except DistillationError as exc:
             self.reasons.append(f"nothing was distilled: {exc}")
             return
-        for number, share in enumerate(RUNG_SHARES):
-            steps = self._steps(share * self.seconds / len(runners), pace)
-            if self._is_late() or steps is None:
-                break
-            self.say(f"round {number + 1}: {len(runners)} candidates for {steps} steps each")
-            runners = self._halved([self._trained(runner, steps) for runner in runners])
-            if not runners:
-                break
+        self._rounds(runners)
         self.reasons.append(self._conclusion(best))
 
+    def _rounds(self, runners: list[_Runner]) -> None:
+        """Rounds of ever fewer and longer runs, until time or candidates are used up."""
+        count = len(runners)
+        for number in itertools.count():
+            chosen = self._open(runners, only_fresh=number >= len(RUNG_SHARES))[:count]
+            chosen, steps = self._planned(chosen, number)
+            if not chosen:
+                return
+            self.say(f"round {number + 1}: {len(chosen)} candidates for {steps} steps each")
+            for runner in chosen:
+                if self._left() <= 0 and (number or self.options.deadline is not None):
+                    return
+                runners[runners.index(runner)] = self._trained(runner, steps)
+            count = math.ceil(len(chosen) / 2)
+
+    @staticmethod
+    def _open(runners: Sequence[_Runner], *, only_fresh: bool) -> list[_Runner]:
+        """What is worth a run: nothing slower than what is inside already; the most promising first."""
+        inside = min((r.latency_ms for r in runners if r.is_inside), default=math.inf)
+        found = [r for r in runners if r.is_open and r.latency_ms < inside and not (only_fresh and r.is_spent)]
+        return sorted(found, key=lambda r: r.promise)
+
+    def _planned(self, chosen: list[_Runner], number: int) -> tuple[list[_Runner], int]:
+        """As many of the runners as time allows, and the steps of each; a resumed search does the same."""
+        if not chosen:
+            return [], 0
+        share = 1.0 if len(chosen) == 1 else RUNG_SHARES[min(number, len(RUNG_SHARES) - 1)]
+        seconds = share * (self._left() + self._judging_s())
+
+        def planned() -> tuple[int, int]:
+            counts = range(len(chosen), 0, -1)
+            fitting = ((n, steps) for n in counts if (steps := self._steps(seconds / n)) >= _LEAST_STEPS)
+            # Without a time limit something is tried anyhow.
+            is_free = number == 0 and self.options.deadline is None
+            return next(fitting, (len(chosen), _LEAST_STEPS) if is_free else (0, 0))
+
+        key = digest(number, [serde.sha256_record(runner.plan) for runner in chosen])[:16]
+        name = f"distillation-round-{self.judge.yardstick.target.slug}-{key}"
+        count, steps = self.judge.store.json(name, planned)
+        if count * self._run_s(steps) > max(self._left(), seconds) and self.options.deadline is not None:
+            count, steps = planned()  # it was planned for a longer time limit
+        return chosen[:count], steps
+
+    def _steps(self, seconds: float) -> int:
+        """Of a run that takes so long, its judgement included."""
+        if self.cost is None:
+            return 0
+        steps_s = seconds - self.cost.setup_s - self._judging_s()
+        return int(steps_s / self.cost.step_s) // _STEP_QUANTUM * _STEP_QUANTUM
+
+    def _run_s(self, steps: int) -> float:
+        """Seconds of a run, without its judgement."""
+        return 0.0 if self.cost is None else self.cost.setup_s + steps * self.cost.step_s
+
+    def _left(self) -> float:
+        """Seconds for runs, the judgement of the last one kept free."""
+        return self.ends - time.monotonic() - self._judging_s()
+
+    def _judging_s(self) -> float:
+        """What the judgement of one run takes, as measured in this search."""
+        spent = self.judge.spent
+        timing_s = 2 * spent.timing_s if math.isfinite(spent.timing_s) else 0.0  # beside its anchor
+        return _SPARE * (spent.accuracy_s + timing_s) if spent.accuracy_s else _JUDGING_S
+
+    # ------------------------------------------------------------------ candidates
+
     def _prospects(self, best: Trial | None) -> list[CompressionPlan]:
-        """Plans that are over budget, or predicted to be beyond it, and faster than the best one."""
+        """Plans that are over budget, or predicted to be beyond it, and faster than the best one.
+
+        What is predicted for each speed in turn, so that some of each are built where time is short.
+        """
         over = [t.plan for t in self.judge.trials if t.state is TrialState.OVER_BUDGET]
         plain = [plan for plan in over if plan.quantization is not None and not plan.widths]
-        chosen: list[CompressionPlan] = []
+        at_speeds: list[Sequence[CompressionPlan]] = []
         for share in self._shares(best):
-            plans = () if self.found.beyond is None else self.found.beyond(share)
-            chosen += plans if not chosen else plans[:_AT_EACH_SPEED]
+            if self.found.beyond is None or (at_speeds and time.monotonic() > self.building_ends):
+                break
+            plans = self.found.beyond(share)
+            at_speeds.append(plans[:_AT_EACH_SPEED] if any(at_speeds) else plans)
+        in_turn = [plan for each in itertools.zip_longest(*at_speeds) for plan in each if plan is not None]
         known = {t.plan for t in self.judge.trials if t.state is TrialState.COMPLETE}
-        return [plan for plan in dict.fromkeys([*plain[:1], *chosen]) if plan not in known]
+        return [plan for plan in dict.fromkeys([*plain[:1], *in_turn]) if plan not in known]
 
     def _shares(self, best: Trial | None) -> list[float]:
         """Predicted times worth a look, over that of the best plan without pruning."""
@@ -160,16 +264,8 @@ class _Stage:
         return [ahead / speed for speed in SPEEDS]
 
     def _timed(self, plans: Sequence[CompressionPlan], best: Trial | None) -> list[_Runner]:
-        """The plans that are faster than the best one on the target, side by side with it; the fastest first."""
-        usable: list[CompressionPlan] = []
-        for plan in plans:
-            self.say(f"building {plan.title} to be distilled")
-            try:
-                self.judge.workshop.build(plan)
-            except CANDIDATE_ERRORS as exc:
-                self.reasons.append(f"{plan.title} could not be built: {exc}")
-            else:
-                usable.append(plan)
+        """The plans that are faster on the target than the best one, beside it; the least damaged first."""
+        usable = self._built(plans)
         if not usable:
             return []
         ground = [] if best is None else [best.plan]
@@ -180,22 +276,55 @@ class _Stage:
             return []
         limit = times[0] if ground else math.inf
         pairs = zip(usable, times[len(ground) :], strict=True)
-        runners = [_Runner(plan=plan, latency_ms=ms) for plan, ms in pairs if ms < limit]
-        return sorted(runners, key=lambda runner: runner.latency_ms)
+        build = self.judge.workshop.build
+        runners = [
+            _Runner(plan=plan, latency_ms=ms, damage=self.judge.damage(plan, partial(build, plan)))
+            for plan, ms in pairs
+            if ms < limit
+        ]
+        return sorted(runners, key=lambda runner: runner.promise)
+
+    def _built(self, plans: Sequence[CompressionPlan]) -> list[CompressionPlan]:
+        """The plans whose models could be built in time."""
+        usable: list[CompressionPlan] = []
+        for number, plan in enumerate(plans):
+            if usable and time.monotonic() > self.building_ends:
+                left_out = len(plans) - number
+                self.reasons.append(f"{left_out} candidates for distillation were not built, for want of time")
+                break
+            self.say(f"building {plan.title} to be distilled")
+            try:
+                self.judge.workshop.build(plan)
+            except CANDIDATE_ERRORS as exc:
+                self.reasons.append(f"{plan.title} could not be built: {exc}")
+            else:
+                usable.append(plan)
+        return usable
 
     # ------------------------------------------------------------------ runs
 
-    def _pace(self, runner: _Runner) -> float:
-        """Seconds of one step, kept so that a resumed search plans the same runs."""
-        from vinoopt.distillation.distiller import seconds_per_step
+    def _opened(self) -> School:
+        """Teacher and inputs, made ready once for all runs."""
+        from vinoopt.distillation.distiller import open_school
+
+        if self._school is None:
+            workshop = self.judge.workshop
+            self._school = open_school(workshop.source, workshop.calibration, seed=self.options.seed)
+        return self._school
+
+    def _measured_cost(self, runner: _Runner) -> Cost:
+        """Of runs, kept so that a resumed search need not measure it again."""
+        from vinoopt.distillation.distiller import Cost, cost_of
 
         workshop, store = self.judge.workshop, self.judge.store
         plan = self._distillation((1,), runner.plan.widths)
 
-        def measured() -> float:
-            return seconds_per_step(workshop.build(runner.plan), workshop.source, workshop.calibration, plan)
+        def measured() -> list[float]:
+            cost = cost_of(workshop.build(runner.plan), self._opened(), plan)
+            return [cost.setup_s, cost.step_s]
 
-        return float(store.json(f"distillation-pace-{self.judge.yardstick.target.slug}", measured))
+        setup_s, step_s = store.json(f"distillation-cost-{self.judge.yardstick.target.slug}", measured)
+        return Cost(setup_s=float(setup_s), step_s=float(step_s))
 
     def _distillation(self, runs: tuple[int, ...], widths: Sequence[GroupWidth]) -> DistillationPlan:
         sample = self.judge.workshop.calibration[0]
@@ -207,73 +336,88 @@ class _Stage:
             seed=self.options.seed,
         )
 
-    def _steps(self, seconds: float, pace: float) -> int | None:
-        steps = int(seconds / pace) // _STEP_QUANTUM * _STEP_QUANTUM
-        if self.options.deadline is None:
-            return max(steps, _LEAST_STEPS)
-        return steps if steps >= _LEAST_STEPS else None
-
     def _trained(self, runner: _Runner, steps: int) -> _Runner:
-        if self._is_late():
-            return runner
-        distillation = self._distillation((*runner.runs, steps), runner.plan.widths)
-        plan = serde.replace(runner.plan, distillation=distillation)
-        words = f"{sum(distillation.runs)} steps of distillation, {runner.latency_ms:.3g} ms before them"
-        self.say(f"{plan.title}: {words}")
-        trial = self.judge.judge(plan, note=words)
-        return replace(runner, plan=plan, trial=trial)
+        """The runner after a run, judged."""
+        self.run_ends = time.monotonic() + _PATIENCE * self._run_s(steps)
+        plan = self._with_runs(runner.plan, (*runner.runs, steps))
+        words = f"{runner.latency_ms:.3g} ms before training"
+        self.say(f"{plan.title}: {sum((*runner.runs, steps))} steps of distillation, {words}")
+        plan = self._made(plan)
+        runs = plan.distillation.runs if plan.distillation is not None else ()
+        trial = self.judge.judge(plan, note=f"{sum(runs)} steps of distillation, {words}")
+        self.made.clear()
+        before = math.inf if runner.trial is None or runner.trial.drop is None else runner.trial.drop
+        is_spent = trial.drop is None or trial.drop >= before
+        return replace(runner, plan=plan, trial=trial, is_spent=is_spent)
+
+    def _with_runs(self, plan: CompressionPlan, runs: tuple[int, ...]) -> CompressionPlan:
+        return serde.replace(plan, distillation=self._distillation(runs, plan.widths))
+
+    def _made(self, plan: CompressionPlan) -> CompressionPlan:
+        """The plan, its model made; or, where time ran out, the plan of the steps that were taken."""
+        try:
+            self.judge.workshop.build(plan)
+        except _CutShort as cut:
+            runs = () if plan.distillation is None else plan.distillation.runs
+            plan = self._with_runs(plan, (*runs[:-1], max(cut.steps, 1)))
+            self.made[plan] = cut.model
+        except DistillationError as exc:
+            self.made[plan] = exc  # the judge is told the same without another run
+        except CANDIDATE_ERRORS:
+            pass  # the judge will see it, too
+        return plan
 
     def _distilled(self, plan: CompressionPlan, student: ov.Model) -> ov.Model:
         """The last run of the plan; what the workshop calls where it has no such model yet."""
         from vinoopt.distillation.distiller import Run, train
 
-        distillation = plan.distillation
+        made, distillation = self.made.get(plan), plan.distillation
+        if isinstance(made, DistillationError):
+            raise made
+        if made is not None:
+            return made
         if distillation is None:
             raise ValueError("the plan does not distil")
-        workshop = self.judge.workshop
-        key = serde.sha256_record(plan)[:24]
-        deadline = None if self.options.deadline is None else self.options.deadline - _JUDGING_S
+        limit = self.options.deadline
+        deadline = None if limit is None else min(limit - self._judging_s(), self.run_ends)
         trained = train(
             student,
-            workshop.source,
-            workshop.calibration,
+            self._opened(),
             distillation,
             Run(
                 deadline=deadline,
-                checkpoint=self.judge.store.folder / f"distillation-{key}.pt",
+                checkpoint=self.judge.store.folder / f"distillation-{serde.sha256_record(plan)[:24]}.pt",
                 say=lambda message, done, total: self.say(f"distillation: {message}"),
             ),
         )
         self.say(f"distillation: {trained.reason}")
+        if self.cost is not None and trained.outcome.steps >= _LEAST_STEPS:
+            self.cost = replace(self.cost, step_s=trained.outcome.step_s)
+        if trained.outcome.is_cut:
+            raise _CutShort(trained.model, trained.outcome.steps)
         return trained.model
-
-    @staticmethod
-    def _halved(runners: Sequence[_Runner]) -> list[_Runner]:
-        """What is worth a longer run: nothing slower than what is inside already; of the rest the better half."""
-        inside = min((r.latency_ms for r in runners if r.is_inside), default=math.inf)
-        open_ones = [r for r in runners if not r.is_inside and r.latency_ms < inside and math.isfinite(r.drop)]
-        return sorted(open_ones, key=lambda r: r.drop)[: math.ceil(len(open_ones) / 2)]
 
     # ------------------------------------------------------------------ words
 
     def _conclusion(self, best: Trial | None) -> str:
         tried = [t for t in self.judge.trials if t.plan.distillation is not None]
         won = [t for t in tried if t.state is TrialState.COMPLETE and t.latency is not None]
-        minutes = (time.monotonic() - self.started) / 60
+        spent = f"{(time.monotonic() - self.started) / 60:.0f} min, {len(tried)} runs"
         if won:
             fastest = min(won, key=latency_of)
-            gain = "" if best is None else f"{latency_of(best) / latency_of(fastest):.2f}x"
             ground = "nothing inside the budget" if best is None else best.plan.title
-            return (
-                f"distillation ({minutes:.0f} min, {len(tried)} runs) bought {gain} on top of {ground}: "
-                f"{fastest.plan.title}, drop {fastest.drop:+.4f} on the search part"
-            )
+            result = f"{fastest.plan.title}, drop {fastest.drop:+.4f} on the search part"
+            gain = math.inf if best is None else latency_of(best) / latency_of(fastest)
+            if gain <= 1:
+                return f"distillation ({spent}) bought nothing: {result}, but {gain:.2f}x as fast as {ground}"
+            bought = "a result" if best is None else f"{gain:.2f}x"
+            return f"distillation ({spent}) bought {bought} on top of {ground}: {result}"
         nearest = min((t for t in tried if t.drop is not None), key=lambda t: t.drop or 0.0, default=None)
         if nearest is None:
             return "distillation: no run came to its end"
         before = self._before(nearest)
         return (
-            f"distillation ({minutes:.0f} min, {len(tried)} runs) brought no faster candidate into the budget: the "
+            f"distillation ({spent}) brought no faster candidate into the budget: the "
             f"nearest ({nearest.note}) drops {nearest.drop:+.4f}{before} on the search part"
         )
 
@@ -281,7 +425,3 @@ class _Stage:
         plain = serde.replace(trial.plan, distillation=None)
         untrained = next((t for t in self.judge.trials if t.plan == plain and t.drop is not None), None)
         return "" if untrained is None else f", {untrained.drop:+.4f} without training,"
-
-    def _is_late(self) -> bool:
-        return self.options.deadline is not None and time.monotonic() > self.options.deadline - _JUDGING_S
-

@@ -2,17 +2,16 @@
 
 The rate of every tensor is relative to its own size (root mean square of its values), so that one figure serves
 networks of any scale (Shazeer & Stern 2018, arXiv 1804.04235, section 8). It rises linearly over the first steps and
-falls along a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983). What is kept is the best state that the held-back
-inputs have seen, the first one included.
+falls along a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983), by the steps or by the time limit, whichever is
+nearer to its end. What is kept is the best state that the held-back inputs have seen, the first one included.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from typing import Any
 import torch
 
 from vinoopt.distillation.augment import Augment
-from vinoopt.distillation.losses import Loss, agreement, cross_entropy
+from vinoopt.distillation.losses import Loss, cross_entropy
 from vinoopt.distillation.mirror import Mirror
+from vinoopt.distillation.rules import FOREIGN_ERRORS, failing, wide
 from vinoopt.distillation.weights import Key
 from vinoopt.errors import DistillationError
 
@@ -34,12 +34,13 @@ _SMALLEST_SIZE = 1e-3
 _RANGE_RATE = 0.1
 """Rate of ranges, whose factors are logarithms, per relative rate of weights."""
 _PATIENT = 0.75
-"""Share of the steps before which a run is not ended early: while the rate is high no state looks like the best."""
+"""Share of a run before which it is not ended early: while the rate is high no state looks like the best."""
+_REPORTS, _FIRST_LOOK = 20, 10
+"""In a whole run, at even distances; and the first that looks at the held-back inputs, as none is best before."""
 _LEAST_BETTER, _TINY_LOSS = 1e-4, 1e-7
 """Of the best loss, and absolute: what a new best must be below it by. Less is the rounding of sums."""
-_WATCHES = 20
-"""Looks at the held-back inputs in a whole run."""
 _CHECKPOINT_S = 60.0
+TIME_LIMIT = "time limit"
 
 Batch = Sequence[Any]
 """One tensor per input."""
@@ -55,7 +56,7 @@ class TrainingSettings:
     """Of a weight's change per step, relative to the weights' size."""
     inner_weight: float = 1.0
     """Of the errors inside the network beside those of its outputs."""
-    patience: int = 8
+    patience: int = 6
     """Looks at the held-back inputs without a new best before the run is ended early."""
     seed: int = 0
     threads: int | None = None
@@ -70,6 +71,7 @@ class Progress:
     steps: int
     loss: float
     held_loss: float
+    """At the last look."""
     best_loss: float
     first_loss: float
     agreement: float | None
@@ -85,8 +87,20 @@ class Outcome:
     first_loss: float
     best_loss: float
     seconds: float
+    looking_s: float
+    """Of them, looking at the held-back inputs."""
     reason: str
     """Why it ended: `done`, `no better for a while`, `time limit`, `not finite`."""
+
+    @property
+    def step_s(self) -> float:
+        """Of a step."""
+        return max((self.seconds - self.looking_s) / max(self.steps, 1), 1e-4)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it would have gone on."""
+        return self.reason == TIME_LIMIT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -102,8 +116,8 @@ class Material:
     teacher_keys: Sequence[Key]
     loss: Loss
     augment: Augment | None
-    is_batched: bool
-    """Whether several calls may be put into one."""
+    together: int
+    """Calls that may be put into one; 1: each is run on its own."""
     labels: Sequence[Any] | None = None
     """One tensor of class numbers per call, for the first output; None: labels are not looked at."""
     label_weight: float = 0.0
@@ -128,23 +142,34 @@ class Training:
     _best_step: int = 0
     _best_loss: float = math.inf
     _first_loss: float = math.inf
+    _held_loss: float = math.inf
+    _agreement: float | None = None
     _running: float | None = None
     _stale: int = 0
     _spent: float = 0.0
+    _looking: float = 0.0
+    _started: float = 0.0
 
     def run(self) -> Outcome:
-        """Train until done, too late, or no better; leaves the best state in the student."""
-        settings = self.settings
+        """Train until done, too late, or no better; leaves the best state in the student.
+
+        An interrupt leaves a checkpoint, where one has a place, and goes on its way.
+        """
         threads = torch.get_num_threads()
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+        if self.settings.threads is not None:
+            torch.set_num_threads(self.settings.threads)
         try:
+            self._begin()
             return self._run()
+        except BaseException as exc:
+            if not isinstance(exc, Exception):
+                self._save()
+            raise
         finally:
             torch.set_num_threads(threads)
 
-    def _run(self) -> Outcome:
-        steps = self.settings.steps
+    def _begin(self) -> None:
+        self._started = time.monotonic()
         self._parameters = [*self.student.values, *self.student.factors]
         if not self._parameters:
             raise DistillationError("the model holds no weights that could be trained")
@@ -153,11 +178,15 @@ class Training:
         self._generator = torch.Generator().manual_seed(self.settings.seed)
         self._order: list[int] = []
         self._held_targets = self._targets()
-        started = time.monotonic()
         if not self._resumed():
-            self._first_loss, _ = self._watch(started)
+            self._look()
+            self._first_loss = self._held_loss
+            self._report()
+
+    def _run(self) -> Outcome:
+        steps = self.settings.steps
         reason, saved = "done", time.monotonic()
-        interval = max(steps // _WATCHES, 1)
+        mark = int(_REPORTS * self._step / steps)
         while self._step < steps:
             loss = self._one_step()
             self._step += 1
@@ -166,29 +195,44 @@ class Training:
                 break
             self._running = loss if self._running is None else 0.95 * self._running + 0.05 * loss
             is_late = self.deadline is not None and time.monotonic() > self.deadline
-            if self._step % interval == 0 or self._step == steps or is_late:
-                self._watch(started)
-            if is_late or self._is_stale():
-                reason = "time limit" if is_late else "no better for a while"
+            now = int(_REPORTS * self._share() + 1e-9)
+            if now > mark or self._step == steps or is_late:
+                mark = now
+                if now >= _FIRST_LOOK:
+                    self._look()
+                self._report()
+            if (is_late and self._step < steps) or self._is_stale():
+                reason = TIME_LIMIT if is_late else "no better for a while"
                 break
-            if self.checkpoint is not None and time.monotonic() - saved > _CHECKPOINT_S:
-                self._save(time.monotonic() - started)
+            if time.monotonic() - saved > _CHECKPOINT_S:
+                self._save()
                 saved = time.monotonic()
-        self._restore_best()
-        if self.checkpoint is not None:
+        if reason == TIME_LIMIT:
+            self._save()
+        elif self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
+        self._restore_best()
         return Outcome(
             steps=self._step,
             best_step=self._best_step,
             first_loss=self._first_loss,
             best_loss=self._best_loss,
-            seconds=self._spent + time.monotonic() - started,
+            seconds=self._spent + time.monotonic() - self._started,
+            looking_s=self._looking,
             reason=reason,
         )
 
+    def _share(self) -> float:
+        """How much of the run is over, by its steps or by its time."""
+        by_steps = self._step / self.settings.steps
+        if self.deadline is None:
+            return by_steps
+        whole = max(self.deadline - self._started, 1e-9)
+        return min(max(by_steps, (time.monotonic() - self._started) / whole), 1.0)
+
     def _is_stale(self) -> bool:
         """Whether the rate has fallen far enough for a best state to come, and none has for a while."""
-        return self._stale > self.settings.patience and self._step > _PATIENT * self.settings.steps
+        return self._stale > self.settings.patience and self._share() > _PATIENT
 
     # ------------------------------------------------------------------ one step
 
@@ -205,81 +249,89 @@ class Training:
         return torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-12, fused=fused)
 
     def _one_step(self) -> float:
-        scale = _rate(self._step, self.settings.steps)
+        share = self._share()
         for group in self._optimizer.param_groups:
-            group["lr"] = group["base"] * scale
+            group["lr"] = group["base"] * _rate(share, self.settings.steps)
         self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        chunks = self._next_chunks()
-        for inputs, labels in chunks:
-            if self.material.augment is not None:
-                inputs = self.material.augment(inputs, self._generator)
-            with torch.no_grad():
-                target = self.teacher(inputs, self.material.teacher_keys)
-            values = self.student(inputs, self.material.student_keys)
-            loss, _ = self.material.loss(values, target)
-            if labels is not None:
-                loss = loss + self.material.label_weight * cross_entropy(values[0], labels)
-            (loss / len(chunks)).backward()
-            total += float(loss.detach()) / len(chunks)
-        if math.isfinite(total):
-            self._optimizer.step()
+        with failing("a step of training"):
+            for inputs, labels, weight in self._next_chunks():
+                loss = weight * self._loss(inputs, labels, self.settings.inner_weight)
+                loss.backward()
+                total += float(loss.detach())
+            if math.isfinite(total):
+                self._optimizer.step()
         return total
 
-    def _next_chunks(self) -> list[tuple[Batch, Any]]:
-        """The next calls in a random order with their labels, in one chunk where they can be run together."""
+    def _loss(self, inputs: Batch, labels: Any, inner_weight: float) -> Any:
+        material = self.material
+        if material.augment is not None:
+            inputs = material.augment(inputs, self._generator)
+        count = None if inner_weight else len(material.loss.outputs)
+        with torch.no_grad():
+            target = self.teacher(inputs, material.teacher_keys[:count])
+        values = self.student(inputs, material.student_keys[:count])
+        loss = material.loss(values, target, inner_weight=inner_weight)
+        if labels is None:
+            return loss
+        return loss + material.label_weight * cross_entropy(values[0], labels)
+
+    def _next_chunks(self) -> list[tuple[Batch, Any, float]]:
+        """The next calls in a random order, with their labels and their share of the step, as few as can be."""
         own = self.student.own_batch or self.material.inputs[0][0].shape[0] or 1
         count = min(max(self.settings.batch // own, 1), len(self.material.inputs))
         if len(self._order) < count:
             self._order = torch.randperm(len(self.material.inputs), generator=self._generator).tolist()
         picked, self._order = self._order[:count], self._order[count:]
-        chunks = self._chunks([self.material.inputs[i] for i in picked])
-        if self.material.labels is None:
-            return [(chunk, None) for chunk in chunks]
-        labels = [[self.material.labels[i]] for i in picked]
-        return [(c, own[0]) for c, own in zip(chunks, _joined(labels, self.material.is_batched), strict=True)]
+        chunks, most = [], self.material.together
+        for places in (picked[i : i + most] for i in range(0, count, most)):
+            labels = None
+            if self.material.labels is not None:
+                labels = torch.cat([self.material.labels[i] for i in places])
+            chunks.append((self._joined([self.material.inputs[i] for i in places]), labels, len(places) / count))
+        return chunks
+
+    def _joined(self, calls: Sequence[Batch]) -> Batch:
+        """Several calls as one."""
+        values = [[wide(x) for x in call] for call in calls]
+        joined = values[0] if len(values) == 1 else [torch.cat(list(each)) for each in zip(*values, strict=True)]
+        return [x.to(self._device) for x in joined]
 
     # ------------------------------------------------------------------ held-back inputs
 
     def _held_chunks(self) -> list[Batch]:
-        own = self.student.own_batch or self.material.held[0][0].shape[0] or 1
-        count = max(self.settings.batch // own, 1)
-        held = self.material.held
-        parts = [held[i : i + count] for i in range(0, len(held), count)]
-        return [chunk for part in parts for chunk in self._chunks(part)]
-
-    def _chunks(self, calls: Sequence[Batch]) -> list[Batch]:
-        return [[x.to(self._device) for x in chunk] for chunk in _joined(calls, self.material.is_batched)]
+        held, most = self.material.held, self.material.together
+        return [self._joined(held[i : i + most]) for i in range(0, len(held), most)]
 
     def _targets(self) -> list[list[Any]]:
         keys = self.material.teacher_keys[: len(self.material.loss.outputs)]
         with torch.no_grad():
             return [self.teacher(chunk, keys) for chunk in self._held_chunks()]
 
-    def _watch(self, started: float) -> tuple[float, float | None]:
+    def _look(self) -> None:
         """Loss and agreement on the held-back inputs now; keeps the state where it is the best so far."""
+        began = time.monotonic()
         keys = self.material.student_keys[: len(self.material.loss.outputs)]
         losses, shares, sizes = [], [], []
         with torch.no_grad():
             for chunk, target in zip(self._held_chunks(), self._held_targets, strict=True):
                 values = self.student(chunk, keys)
                 losses.append(float(self.material.loss.of_outputs(values, target)))
-                shares.append([a for v, t in zip(values, target, strict=True) if (a := agreement(v, t)) is not None])
+                shares.append(self.material.loss.agreement(values, target))
                 sizes.append(chunk[0].shape[0] if chunk[0].ndim else 1)
         loss = sum(each * size for each, size in zip(losses, sizes, strict=True)) / sum(sizes)
-        agreeing = [sum(share) / len(share) * size for share, size in zip(shares, sizes, strict=True) if share]
-        share = sum(agreeing) / sum(sizes) if agreeing else None
-        loss = loss if math.isfinite(loss) else math.inf
+        agreeing = [share * size for share, size in zip(shares, sizes, strict=True) if share is not None]
+        self._agreement = sum(agreeing) / sum(sizes) if agreeing else None
+        self._held_loss = loss = loss if math.isfinite(loss) else math.inf
         self._stale += 1
         if not self._best or loss < self._best_loss - max(_LEAST_BETTER * self._best_loss, _TINY_LOSS):
             self._best_loss, self._best_step, self._stale = loss, self._step, 0
             self._best = [p.detach().clone() for p in self._parameters]
-        self._report(loss, share, started)
-        return loss, share
+        self._looking += time.monotonic() - began
 
-    def _report(self, loss: float, share: float | None, started: float) -> None:
+    def _report(self) -> None:
         steps = self.settings.steps
-        spent = time.monotonic() - started + self._spent
+        spent = time.monotonic() - self._started + self._spent
         left = spent / self._step * (steps - self._step) if self._step else math.nan
         if self.deadline is not None:
             left = min(left, self.deadline - time.monotonic()) if self._step else left
@@ -288,10 +340,10 @@ class Training:
                 step=self._step,
                 steps=steps,
                 loss=math.nan if self._running is None else self._running,
-                held_loss=loss,
+                held_loss=self._held_loss,
                 best_loss=self._best_loss,
-                first_loss=self._first_loss if self._step else loss,
-                agreement=share,
+                first_loss=self._first_loss,
+                agreement=self._agreement,
                 seconds_left=left,
             )
         )
@@ -303,8 +355,8 @@ class Training:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _save(self, spent: float) -> None:
-        if self.checkpoint is None:
+    def _save(self) -> None:
+        if self.checkpoint is None or not self._best:
             return
         part = self.checkpoint.with_suffix(".part")
         torch.save(
@@ -316,51 +368,59 @@ class Training:
                 "generator": self._generator.get_state(),
                 "order": self._order,
                 "best": self._best,
-                "numbers": [self._best_step, self._best_loss, self._first_loss, self._running, self._stale],
-                "spent": self._spent + spent,
+                "numbers": {name: getattr(self, name) for name in _NUMBERS},
+                "spent": self._spent + time.monotonic() - self._started,
             },
             part,
         )
         part.replace(self.checkpoint)
 
     def _resumed(self) -> bool:
-        """Take up the checkpoint where there is one of the same run."""
+        """Take up the checkpoint where there is one of the same run; all of it, or nothing."""
         if self.checkpoint is None or not self.checkpoint.is_file():
             return False
-        # What was cut off, or written by another version, is no checkpoint: the run begins anew.
-        with contextlib.suppress(RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError):
+        optimizer, generator = self._made_optimizer(), torch.Generator()
+        try:
             state = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-            if state["signature"] != self.signature:
+            if state["signature"] != self.signature or not self._fits(state):
                 return False
-            self._optimizer.load_state_dict(state["optimizer"])
-            with torch.no_grad():
-                for parameter, value in zip(self._parameters, state["parameters"], strict=True):
-                    parameter.copy_(value)
-            self._generator.set_state(state["generator"])
-            self._order, self._best = state["order"], state["best"]
-            self._best_step, self._best_loss, self._first_loss, self._running, self._stale = state["numbers"]
-            self._step, self._spent = state["step"], state["spent"]
-            return True
-        return False
+            optimizer.load_state_dict(state["optimizer"])
+            generator.set_state(state["generator"])
+        except (*FOREIGN_ERRORS, AttributeError, EOFError, OSError, pickle.UnpicklingError):
+            return False  # cut off, or written by another version: the run begins anew
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        self._optimizer, self._generator = optimizer, generator
+        self._order, self._best = state["order"], [value.to(self._device) for value in state["best"]]
+        self._step, self._spent = state["step"], state["spent"]
+        for name, value in state["numbers"].items():
+            setattr(self, name, value)
+        return True
+
+    def _fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether what a checkpoint holds can all be taken over."""
+        shapes = [p.shape for p in self._parameters]
+        tensors = [[value.shape for value in state[name]] == shapes for name in ("parameters", "best")]
+        moments = [value for each in state["optimizer"]["state"].values() for value in each.values()]
+        return (
+            all(tensors)
+            and all(value.numel() == 1 or value.shape in shapes for value in moments)
+            and set(state["numbers"]) == set(_NUMBERS)
+            and 0 <= state["step"] <= self.settings.steps
+            and all(0 <= place < len(self.material.inputs) for place in state["order"])
+        )
 
 
-def _rate(step: int, steps: int) -> float:
-    """The rate of a step, as a share of the peak."""
-    warm = max(int(steps * _WARM_UP), 1)
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(steps - warm, 1)
+_NUMBERS = (
+    "_best_step", "_best_loss", "_first_loss", "_held_loss", "_agreement", "_running", "_stale", "_looking",
+)  # fmt: skip
+"""Of a run, kept in its checkpoint."""
+
+
+def _rate(share: float, steps: int) -> float:
+    """The rate of the step at this share of a run, as a share of the peak."""
+    if share < _WARM_UP:
+        return min((share + 1 / steps) / _WARM_UP, 1.0)
+    done = (share - _WARM_UP) / (1 - _WARM_UP)
     return _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _joined(calls: Sequence[Batch], is_batched: bool) -> list[Batch]:
-    """The calls as one, or each on its own."""
-    calls = [[_wide(x) for x in call] for call in calls]
-    if not is_batched:
-        return list(calls)
-    joined = [torch.cat(list(values)) for values in zip(*calls, strict=True)]
-    return [joined]
-
-
-def _wide(x: Any) -> Any:
-    return x if x.is_floating_point() or x.dtype == torch.bool else x.to(torch.int64)

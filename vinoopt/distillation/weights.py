@@ -45,10 +45,10 @@ def key_of(output: ov.Output) -> Key:
 
 def as_tensor(node: ov.Node) -> Any:
     """A constant's value as a mirror keeps it: float32, int64 or bool."""
-    values = np.array(node.get_data())  # bf16 and f16 arrive as float16 or float32
-    if values.dtype.kind == "f":
-        return torch.from_numpy(values.astype(np.float32))
-    return torch.from_numpy(values.astype(np.bool_ if values.dtype.kind == "b" else np.int64))
+    kind = node.get_element_type()
+    held = np.float32 if kind.is_real() else np.bool_ if kind.get_type_name() == "boolean" else np.int64
+    # Asked for by type, since numpy has none for bf16 and 4 bits and would be handed their bytes.
+    return torch.from_numpy(np.array(node.get_data(dtype=held)))
 
 
 def replace_constant(old: ov.Node, values: np.ndarray[Any, Any]) -> ov.Node:
@@ -200,10 +200,18 @@ def _is_channelwise(output: ov.Output) -> bool:
 
 
 def _is_constant(output: ov.Output) -> bool:
-    node = output.get_node()
+    return bool(_unconverted(output.get_node()).get_type_name() == "Constant")
+
+
+def _unconverted(node: ov.Node) -> ov.Node:
+    """The node in front of changes of type."""
     while node.get_type_name() == "Convert":
         node = node.input_value(0).get_node()
-    return bool(node.get_type_name() == "Constant")
+    return node
+
+
+def _is_real(node: ov.Node) -> bool:
+    return bool(node.get_element_type().is_real())
 
 
 def _weight_at(output: ov.Output) -> FloatWeight | IntegerWeight | None:
@@ -212,7 +220,7 @@ def _weight_at(output: ov.Output) -> FloatWeight | IntegerWeight | None:
     while True:
         kind = node.get_type_name()
         if kind == "Constant":
-            is_weight = node.get_element_type().get_type_name() in _FLOATS and node.get_output_size() == 1
+            is_weight = node.get_element_type().get_type_name() in _FLOATS
             return FloatWeight(node) if is_weight and len(node.get_output_shape(0)) > 0 else None
         if kind == "Multiply":
             parts = _integer_parts(node)
@@ -224,16 +232,17 @@ def _weight_at(output: ov.Output) -> FloatWeight | IntegerWeight | None:
 
 def _integer_parts(multiply: ov.Node) -> IntegerParts | None:
     inner, scale = (value.get_node() for value in multiply.input_values())
-    zero = None
+    if _unconverted(inner).get_type_name() == "Constant" and _is_real(_unconverted(inner)):
+        inner, scale = scale, inner
+    scale, zero = _unconverted(scale), None
     if inner.get_type_name() == "Subtract":
         inner, zero = (value.get_node() for value in inner.input_values())
-        while zero.get_type_name() == "Convert":
-            zero = zero.input_value(0).get_node()
+        zero = _unconverted(zero)
     if inner.get_type_name() != "Convert":
         return None
     integers = inner.input_value(0).get_node()
     nodes = [integers, scale, *([] if zero is None else [zero])]
-    if any(each.get_type_name() != "Constant" for each in nodes):
+    if any(each.get_type_name() != "Constant" for each in nodes) or not _is_real(scale):
         return None
     if integers.get_element_type().get_type_name() not in _BYTES:
         return None
