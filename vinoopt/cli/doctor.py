@@ -71,19 +71,22 @@ def _lines(found: Survey) -> Iterator[str]:
         yield f"{kind}s that are not here ({how})"
         for each in found.reach:
             if each.kind.value == kind:
-                yield from _reach_lines(each)
+                yield from reach_lines(each)
     if found.missing:
         yield "how to get what is missing"
         fixes = dict.fromkeys(f"  {each.kind}: {each.availability.fix}" for each in found.missing)
         yield from fixes
 
 
-def _reach_lines(each: Reach) -> Iterator[str]:
+def reach_lines(each: Reach) -> Iterator[str]:
+    """Whether devices are in reach, and every way that was tried, in order."""
     state = each.availability
     mark = "yes" if state.ok else "no "
     yield f"  {mark} {each.what}: {', '.join(each.profiles)}"
-    if state.ok:
-        yield f"      by {state.name} {state.version or ''}".rstrip()
-        return
+    word = "by"
     for route in each.routes or (state,):
-        yield f"      not by {route.name}: {route.reason}"
+        if route.ok:
+            yield f"      {word} {route.name} {route.version or ''}".rstrip()
+            word = "else by"
+        else:
+            yield f"      not by {route.name}: {route.reason}"

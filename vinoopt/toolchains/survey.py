@@ -31,7 +31,7 @@ class Reach(Record):
 
     kind: Device
     what: str
-    """What the devices have in common, as `AVX2`, `Xe-LP 12.2`, `platform 4000`."""
+    """What the devices have in common, as `AVX2`, `Xe-LP 12.2, adls 1x2x16 0x4680`, `platform 4000`."""
     profiles: tuple[str, ...]
     availability: Availability
     routes: tuple[Availability, ...] = ()
@@ -61,10 +61,12 @@ def survey() -> Survey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Devices of the shipped profiles that stand or fall together."""
+    """Devices of the shipped profiles that stand or fall together: a toolchain is asked the same for all."""
 
     kind: Device
     what: str
+    generation: str
+    """What several groups may have in common, as `Xe-LP 12.2`."""
     members: dict[str, DeviceSpec]
     """Profile -> device."""
 
@@ -93,11 +95,22 @@ def alike() -> list[Group]:
         for profile in list_profiles():
             spec = profile.devices.get(kind)
             if spec is not None and spec.last_openvino is None:
-                found.setdefault((kind, _trait(spec)), {})[profile.name] = spec
-    return [Group(kind=kind, what=what, members=members) for (kind, what), members in found.items()]
+                found.setdefault((kind, _question(spec)), {})[profile.name] = spec
+    return [
+        Group(kind=kind, what=what, generation=_generation(next(iter(members.values()))), members=members)
+        for (kind, what), members in found.items()
+    ]
 
 
-def _trait(spec: DeviceSpec) -> str:
+def _question(spec: DeviceSpec) -> str:
+    """Everything that a toolchain is asked for: of two GPUs of a generation a driver may serve only one."""
+    if isinstance(spec.offline, GpuOffline):
+        families = "/".join(spec.offline.families)
+        return f"{_generation(spec)}, {families} {spec.offline.hardware} {spec.offline.device_id}"
+    return _generation(spec)
+
+
+def _generation(spec: DeviceSpec) -> str:
     offline = spec.offline
     if isinstance(offline, CpuOffline):
         return offline.isa_cap
