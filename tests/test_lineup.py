@@ -418,6 +418,30 @@ def test_a_bundle_keeps_its_batch_and_is_told_a_better_one(built: Path) -> None:
     assert place.read_text() == before
 
 
+def test_tune_puts_properties_into_a_bundle_and_leaves_it_whole(built: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built, tmp_path / "copy"))
+    files = {name: serde.sha256_file(copy / name) for name in ("host-cpu/runtime.json", "golden.npz")}
+    manifest = serde.replace(bundle.open_bundle(copy).manifest, files=files)
+    (copy / bundle.MANIFEST).write_text(serde.to_json(manifest))
+    found = _invoke(tune, copy, "-t", 2, "--goal", "throughput", "--write", "--json")
+    assert found.exit_code == 0
+    after = bundle.open_bundle(copy)
+    assert bundle.damaged_files(after) == ()
+    properties = after.result("CPU").properties
+    assert properties.as_dict()["PERFORMANCE_HINT"] == "THROUGHPUT"
+    assert json.loads(found.stdout)["properties"]["items"] == [list(pair) for pair in properties.items]
+    assert after.result("CPU").reasons[-1].startswith("tuned again: ")
+
+
+def test_tune_refuses_to_break_a_bundles_checksums(built: Path, tmp_path: Path) -> None:
+    place = built / "host-cpu" / "runtime.json"
+    before = place.read_text()
+    with pytest.raises(BundleError, match="whose checksums it would break; give --write"):
+        _invoke(tune, built, "-o", place)
+    assert place.read_text() == before
+    assert _invoke(tune, DEMO.model, "--write").exit_code == 2
+
+
 def test_tune_writes_properties_that_compile(tmp_path: Path) -> None:
     output = tmp_path / "runtime.json"
     found = _invoke(

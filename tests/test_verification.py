@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from vinoopt import bundle as bundles
 from vinoopt import serde
 from vinoopt.bundle import Bundle
 from vinoopt.cli.main import main
+from vinoopt.errors import BundleError
 from vinoopt.hardware.detect import detect_host, fingerprint
 from vinoopt.records import (
     Build,
@@ -29,9 +31,9 @@ from vinoopt.records import (
     TargetResult,
     TensorSpec,
 )
-from vinoopt.replay import BLOB
+from vinoopt.replay import BLOB, differing_share, unmatched_share
 from vinoopt.toolchains.host import RUNTIME_REQUIREMENTS, HostToolchain
-from vinoopt.verification import Check, CheckState, Verification, verify
+from vinoopt.verification import Check, CheckState, Verification, _Visit, verify
 
 TARGET = Target(profile="host", device=Device.CPU)
 EXACT = RuntimeProperties.of({"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"})
@@ -48,11 +50,26 @@ def network() -> ov.Model:
     return ov.Model([second], [x], "small")
 
 
-def write(path: Path, *, latency_ms: float, evidence: Evidence = Evidence.MEASURED) -> Bundle:
+def detector(order: tuple[int, int] = (0, 1)) -> ov.Model:
+    """The two boxes that non-maximum suppression selects, in this order, and their scores."""
+    x = ops.parameter([1, 64], np.float32, name="x")
+    x.output(0).tensor.set_names({"x"})
+    columns = ops.split(x, 1, 2)
+    boxes = ops.reshape(columns.output(0), np.array([1, 8, 4]), False)
+    scores = ops.reshape(columns.output(1), np.array([1, 4, 8]), False)
+    chosen = ops.non_max_suppression(boxes, scores, np.int64(2), np.float32(0.9), np.float32(-100.0))
+    rows = ops.gather(chosen.output(1), np.array(order), np.int64(0))
+    best = ops.topk(x, np.int64(3), 1, "max", "value").output(1)
+    return ov.Model([ops.result(rows), ops.result(best)], [x], "boxes")
+
+
+def write(
+    path: Path, *, latency_ms: float, evidence: Evidence = Evidence.MEASURED, model: ov.Model | None = None
+) -> Bundle:
     """A bundle of one target, put together as `compile` does it, without a search."""
     rng = np.random.default_rng(1)
     samples = [{"x": rng.normal(size=(1, 64)).astype(np.float32)} for _ in range(3)]
-    model, slug = network(), TARGET.slug
+    model, slug = network() if model is None else model, TARGET.slug
     with bundles.writing(path) as folder:
         ir = bundles.write_target(folder, slug, model, EXACT)
         spec = detect_host().devices[Device.CPU]
@@ -62,7 +79,9 @@ def write(path: Path, *, latency_ms: float, evidence: Evidence = Evidence.MEASUR
         compiled = ov.Core().compile_model(ir, "CPU", EXACT.as_dict())
         outputs = [[np.array(value) for value in compiled(sample).values()] for sample in samples]
         bundles.write_golden(folder, samples, {slug: outputs}, {slug: 1e-3})
-        measured = Measurement(name="float", device="CPU", evidence=evidence, latency_p50_ms=latency_ms)
+        measured = Measurement(
+            name="float", device="CPU", evidence=evidence, latency_p50_ms=latency_ms, properties=EXACT
+        )
         result = TargetResult(
             target=TARGET,
             plan=CompressionPlan(),
@@ -148,6 +167,77 @@ def test_what_became_slower_on_the_same_machine_is_a_warning(tmp_path: Path) -> 
     assert found.ok
     assert check(found, "speed").state is CheckState.WARNING
     assert "times as long on the same kind of machine" in found.verdict
+
+
+def test_a_figure_taken_with_other_properties_is_no_yardstick(tmp_path: Path) -> None:
+    made = write(tmp_path / "b", latency_ms=1e-6)
+    tuned = RuntimeProperties.of({**EXACT.as_dict(), "INFERENCE_NUM_THREADS": "1"})
+    after = bundles.replace_properties(made, made.manifest.targets[0], tuned, reason="tuned again")
+    found = verify(after, seconds=0.3)
+    assert found.verdict == "fit for this machine"
+    assert "taken with other properties" in check(found, "speed").detail
+
+
+def test_other_properties_leave_the_bundle_whole(bundle: Bundle) -> None:
+    tuned = RuntimeProperties.of({**EXACT.as_dict(), "NUM_STREAMS": "1"})
+    after = bundles.replace_properties(bundle, bundle.result("CPU"), tuned, reason="so it was")
+    assert bundles.damaged_files(after) == ()
+    again = vinoopt.open_bundle(bundle.path)
+    assert again.result("CPU").properties == tuned
+    assert again.result("CPU").reasons[-1] == "so it was"
+    assert json.loads((bundle.path / TARGET.slug / "runtime.json").read_text()) == tuned.as_dict()
+    blobbed = with_blob(again)
+    with pytest.raises(BundleError, match="has a blob"):
+        bundles.replace_properties(blobbed, blobbed.result("CPU"), EXACT, reason="")
+
+
+def test_a_measurement_that_breaks_off_is_a_warning(bundle: Bundle) -> None:
+    golden = bundle.path / bundles.GOLDEN
+    with np.load(golden) as arrays:
+        kept = {key.replace("input/0/x", "input/0/y"): arrays[key] for key in arrays.files}
+    visit = _Visit(bundle=bundle, result=bundle.result("CPU"), damaged=(), seconds=0.2, rebuild=False)
+    np.savez(golden, **kept)
+    told = visit._speed()
+    assert told.state is CheckState.WARNING
+    assert 'lack input "x"' in told.detail
+
+
+def test_selected_rows_may_come_in_another_order(tmp_path: Path) -> None:
+    made = write(tmp_path / "boxes", latency_ms=1.0, model=detector())
+    place = made.path / TARGET.slug / "model.xml"
+    assert verify(made, seconds=0).ok
+    ov.save_model(detector((1, 0)), place, compress_to_fp16=False)
+    turned = verify(rewritten(made, made.manifest.targets[0].build), seconds=0)
+    assert turned.ok, turned.verdict
+    ov.save_model(detector((0, 0)), place, compress_to_fp16=False)
+    lost = verify(rewritten(made, made.manifest.targets[0].build), seconds=0)
+    assert not lost.ok
+    assert "0.5 of the ids or selected rows differ" in lost.verdict, lost.verdict
+
+
+def test_ids_are_counted_and_rows_matched_once() -> None:
+    ids = np.arange(10)
+    assert differing_share(ids, np.where(ids == 3, 900, ids)) == pytest.approx(0.1)
+    assert differing_share(ids, ids[:9]) == 1
+    rows = np.array([[1.0, 100.0], [2.0, 200.0]])
+    assert unmatched_share(rows, rows[::-1], 1e-3) == 0
+    assert unmatched_share(rows, rows[[0, 0]], 1e-3) == 0.5
+    assert unmatched_share(rows, rows[:1], 1e-3) == 0.5
+    assert unmatched_share(rows, rows[:0], 1e-3) == 1
+
+
+def test_a_target_that_is_another_machine_is_not_judged_here(bundle: Bundle) -> None:
+    if fingerprint().cpu.startswith("Intel(R) Core(TM) Ultra"):
+        pytest.skip("this may be one")
+    other = Target(profile="lunar-lake", device=Device.CPU)
+    target = serde.replace(bundle.manifest.targets[0], target=other)
+    (bundle.path / TARGET.slug).rename(bundle.path / other.slug)
+    files = {name.replace(TARGET.slug, other.slug): value for name, value in bundle.manifest.files.items()}
+    manifest = serde.replace(bundle.manifest, targets=(target,), files=files)
+    (bundle.path / bundles.MANIFEST).write_text(serde.to_json(manifest))
+    found = verify(vinoopt.open_bundle(bundle.path), seconds=0)
+    assert not found.ok
+    assert found.verdict.startswith("not verified: replay lunar-lake:CPU: it is for lunar-lake, and this machine is")
 
 
 def test_a_figure_of_another_machine_or_of_a_model_is_no_yardstick(bundle: Bundle, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from vinoopt.toolchains.process import run_child
 
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
+RUNTIME = "runtime.json"
 TRIALS = "trials.jsonl"
 README = "README.md"
 REPORT = "report.html"
@@ -171,21 +172,41 @@ def replay_in_child(
 
 def replace_blob(bundle: Bundle, result: TargetResult, blob: Path, *, requirements: str | None) -> Bundle:
     """The bundle with another blob for a target, its checksums renewed; the files are replaced one by one."""
-    place = bundle.path / result.target.slug / BLOB
     sha256 = serde.sha256_file(blob)
     details = {**result.build.details, **({RUNTIME_REQUIREMENTS: requirements} if requirements else {})}
     toolchain = f"openvino {ov.__version__}"
     build = serde.replace(result.build, blob=BLOB, blob_sha256=sha256, toolchain=toolchain, details=details)
-    own = serde.replace(result, build=build)
+    return _replaced(bundle, serde.replace(result, build=build), BLOB, blob)
+
+
+def replace_properties(
+    bundle: Bundle, result: TargetResult, properties: RuntimeProperties, *, reason: str
+) -> Bundle:
+    """The bundle with other runtime properties for a target and the reason for them, its checksums renewed.
+
+    Raises `BundleError` where the target has a blob: that was compiled with the properties it has.
+    """
+    if result.build.blob is not None:
+        raise BundleError(f"{bundle.path}: {result.target} has a blob, whose properties were fixed; compile it again")
+    own = serde.replace(result, properties=properties, reasons=(*result.reasons, reason))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / result.target.slug).mkdir()
+        write_properties(Path(folder), result.target.slug, properties)
+        return _replaced(bundle, own, RUNTIME, Path(folder) / result.target.slug / RUNTIME)
+
+
+def _replaced(bundle: Bundle, result: TargetResult, name: str, file: Path) -> Bundle:
+    """The bundle with another result for a target, and one of the target's files replaced; each file in one step."""
+    place = bundle.path / result.target.slug / name
     manifest = serde.replace(
         bundle.manifest,
-        targets=tuple(own if each.target == result.target else each for each in bundle.manifest.targets),
-        files={**bundle.manifest.files, place.relative_to(bundle.path).as_posix(): sha256},
+        targets=tuple(result if each.target == result.target else each for each in bundle.manifest.targets),
+        files={**bundle.manifest.files, place.relative_to(bundle.path).as_posix(): serde.sha256_file(file)},
     )
     text = serde.to_json(manifest, indent=2) + "\n"
     with tempfile.TemporaryDirectory(prefix=f".{bundle.path.name}-", dir=bundle.path.parent) as folder:
-        new, new_manifest = Path(folder) / BLOB, Path(folder) / MANIFEST
-        shutil.copyfile(blob, new)
+        new, new_manifest = Path(folder) / name, Path(folder) / MANIFEST
+        shutil.copyfile(file, new)
         new_manifest.write_text(text, encoding="utf-8")
         new.replace(place)
         new_manifest.replace(bundle.path / MANIFEST)
@@ -257,7 +278,7 @@ def write_target(folder: Path, slug: str, model: ov.Model, properties: RuntimePr
 def write_properties(folder: Path, slug: str, properties: RuntimeProperties) -> None:
     """Put the properties that a target is to be run with beside its IR; others that lie there are replaced."""
     text = json.dumps(properties.as_dict(), indent=2) + "\n"
-    (folder / slug / "runtime.json").write_text(text, encoding="utf-8")
+    (folder / slug / RUNTIME).write_text(text, encoding="utf-8")
 
 
 def tolerance_of(plan: CompressionPlan) -> float:

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from vinoopt.accuracy.datasets import Dataset, load_dataset
 from vinoopt.bench import Contestant, Engine, Sample
-from vinoopt.bundle import GOLDEN, MANIFEST, golden_inputs, open_bundle
+from vinoopt.bundle import GOLDEN, MANIFEST, Bundle, golden_inputs, open_bundle
 from vinoopt.compression.quantize import quantize
 from vinoopt.errors import BundleError, DeviceError, InputError, ModelError, ShapeError
 from vinoopt.frontend import shapes
@@ -31,6 +31,7 @@ from vinoopt.records import (
     QuantizationPlan,
     Record,
     RuntimeProperties,
+    TargetResult,
     TensorSpec,
 )
 from vinoopt.toolchains.host import reason_of
@@ -142,14 +143,19 @@ def _main(request: LineupRequest) -> _Main:
     return openers[path.suffix](request, path)
 
 
+def target_of(bundle: Bundle, device: str) -> TargetResult:
+    """The bundle's target that a device of this machine (`GPU.1`) or a target's own name stands for."""
+    kind = device.partition(".")[0]
+    return bundle.result(kind if kind in list(Device) else device)
+
+
 def _from_bundle(request: LineupRequest, path: Path) -> _Main:
     if not (path / MANIFEST).is_file():
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}")
     if request.shape or request.batch or request.preprocess:
         raise InputError(f"{path} is a bundle: its shapes and preprocessing were fixed when it was compiled")
     bundle = open_bundle(path)
-    kind = request.device.partition(".")[0]
-    result = bundle.result(kind if kind in list(Device) else request.device)
+    result = target_of(bundle, request.device)
     folder = path / result.target.slug
     own = json.loads((folder / "runtime.json").read_text(encoding="utf-8"))
     asked: CompileRequest = bundle.manifest.request

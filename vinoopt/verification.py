@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,18 @@ import openvino as ov
 
 from vinoopt.bench import Contestant, MeasureConfig, measure
 from vinoopt.bundle import GOLDEN, Bundle, damaged_files, golden_inputs, replace_blob, replay_in_child
-from vinoopt.errors import DeviceError, ToolchainError
-from vinoopt.hardware.detect import fingerprint
-from vinoopt.records import Evidence, Measurement, Record, TargetResult, Word
+from vinoopt.errors import DeviceError, ProfileError, ToolchainError, VinooptError
+from vinoopt.hardware.detect import fingerprint, match_host
+from vinoopt.hardware.profile import HOST, load_profile
+from vinoopt.records import (
+    Evidence,
+    HostFingerprint,
+    Measurement,
+    Record,
+    RuntimeProperties,
+    TargetResult,
+    Word,
+)
 from vinoopt.replay import BLOB
 from vinoopt.toolchains.host import RUNTIME_REQUIREMENTS, compatibility
 from vinoopt.tuning import Variant, first_departure
@@ -59,11 +69,11 @@ class Verification(Record):
 def verify(bundle: Bundle, *, seconds: float = MEASURE_SECONDS, rebuild: bool = False) -> Verification:
     """Check a bundle on the machine that will run it, target by target; no check stops those behind it.
 
-    Checksums, versions, and for every target whose device is here: what the device says to the requirements that the
-    model was compiled with; whether its blob can be imported, else whether its IR can be compiled instead; the golden
-    outputs, with the first layer that departs where they do; and the latency now beside the one in the manifest,
-    measured for `seconds` (0: not at all). With `rebuild` a blob that no longer fits is replaced by one that is
-    compiled here. A damaged file is never opened by a device.
+    Checksums, versions, and for every target that this machine is and whose device is here: what the device says to
+    the requirements that the model was compiled with; whether its blob can be imported, else whether its IR can be
+    compiled instead; the golden outputs, with the first layer that departs where they do; and the latency now beside
+    the one in the manifest, measured for `seconds` (0: not at all). With `rebuild` a blob that no longer fits is
+    replaced by one that is compiled here. A damaged file is never opened by a device.
     """
     damaged = damaged_files(bundle)
     checks = [_files(bundle, damaged), _version(bundle)]
@@ -82,7 +92,7 @@ def _verdict(bundle: Bundle, checks: tuple[Check, ...]) -> Verification:
     if failed:
         verdict = f"do not deploy: {failed[0]}"
     elif not ran:
-        verdict = "not verified: none of the bundle's devices is on this machine"
+        verdict = f"not verified: {unchecked[0] if unchecked else 'the bundle has no target'}"
     elif warned:
         verdict = f"fit for this machine, with a warning: {warned[0]}"
     else:
@@ -129,6 +139,9 @@ class _Visit:
 
     def checks(self) -> Iterator[Check]:
         """Every check that can be made here, in the order in which they build on each other."""
+        if why := _mismatch(self.result.target.profile):
+            yield self._check("replay", CheckState.NOT_CHECKED, why)
+            return
         here = {device.partition(".")[0] for device in ov.Core().available_devices}
         if self.device not in here:
             yield self._check("replay", CheckState.NOT_CHECKED, f"this machine has no {self.device}")
@@ -226,7 +239,11 @@ class _Visit:
         contestant = Contestant(
             name="now", model=place, device=self.device, properties=self.result.properties.as_dict()
         )
-        measured = measure([contestant], golden_inputs(self.bundle.path), config=MeasureConfig(seconds=self.seconds))
+        try:
+            inputs = golden_inputs(self.bundle.path)
+            measured = measure([contestant], inputs, config=MeasureConfig(seconds=self.seconds))
+        except VinooptError as exc:
+            return self._check("speed", CheckState.WARNING, f"could not be measured: {_reason(exc)}")
         now, then = measured.of("now"), _then(self.result)
         words = f"{now.latency_p50_ms:.3g} ms here"
         if then is None:
@@ -243,8 +260,11 @@ class _Visit:
         ratio = now.latency_p50_ms / then.latency_p50_ms
         if then.evidence is not Evidence.MEASURED:
             return CheckState.PASSED, f" ({ratio:.2f} times that)"
-        if (there.cpu, there.cores, there.devices) != (here.cpu, here.cores, here.devices):
+        if not _is_alike(there, here):
             return CheckState.PASSED, f", which is of another machine: {there.cpu}, {there.cores} cores"
+        if _apart(then.properties, now.properties):
+            told = "which does not tell its properties" if then.properties is None else "taken with other properties"
+            return CheckState.PASSED, f", {told} than those of the bundle: no yardstick ({ratio:.2f} times that)"
         if ratio > SLOWER:
             return CheckState.WARNING, f": {ratio:.2f} times as long on the same kind of machine"
         return CheckState.PASSED, f" of the same kind of machine ({ratio:.2f} times that)"
@@ -253,8 +273,34 @@ class _Visit:
 def _nearness(answer: dict[str, Any]) -> tuple[str, bool]:
     """In words how far a replay departs, and whether that is within its tolerance."""
     departure, tolerance = float(answer["departure"]), float(answer["tolerance"])
+    differing, limit = float(answer["disagreement"]), float(answer["choice_tolerance"])
     words = f"outputs depart from the golden ones by {departure:.2g} of their range (tolerance {tolerance:g}), "
-    return f"{words}{answer['calls']} calls", departure <= tolerance
+    if differing:
+        words += f"{differing:.2g} of the ids or selected rows differ (tolerance {limit:g}), "
+    return f"{words}{answer['calls']} calls", departure <= tolerance and differing <= limit
+
+
+def _mismatch(profile: str) -> str:
+    """Why a target of this profile is not this machine; empty where it is, or where that cannot be told."""
+    if profile in (HOST, match_host()):
+        return ""
+    try:
+        patterns = load_profile(profile).cpu_match
+    except ProfileError:  # a file of the machine that compiled it
+        return ""
+    cpu = fingerprint().cpu
+    plain = re.sub(r"\((R|TM)\)", "", cpu, flags=re.IGNORECASE)
+    is_match = not patterns or any(re.search(each, plain, re.IGNORECASE) for each in patterns)
+    return "" if is_match else f"it is for {profile}, and this machine is {cpu}"
+
+
+def _is_alike(one: HostFingerprint, other: HostFingerprint) -> bool:
+    return (one.cpu, one.cores, one.devices) == (other.cpu, other.cores, other.devices)
+
+
+def _apart(then: RuntimeProperties | None, now: RuntimeProperties | None) -> bool:
+    """Whether two figures are not known to be of the same properties."""
+    return then is None or now is None or then.items != now.items
 
 
 def _reason(exc: Exception) -> str:

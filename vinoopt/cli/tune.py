@@ -63,6 +63,7 @@ def _batch(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the properties as JSON here.",
 )
+@click.option("--write", "writes", is_flag=True, help="Put the properties into MODEL, a bundle, checksums included.")
 @click.option("--json", "as_json", is_flag=True, help="Write JSON to stdout.")
 def tune(model: str | None, model_option: str | None, **options: Any) -> None:
     """Find the OpenVINO properties that run MODEL (bundle, IR or ONNX) best on this machine."""
@@ -71,13 +72,16 @@ def tune(model: str | None, model_option: str | None, **options: Any) -> None:
     from vinoopt import tuning
     from vinoopt.cli.show import strict_json
 
+    chosen = model or model_option or ""
+    _check_output(chosen, options["output"], writes=options["writes"])
+
     goal = tuning.Goal(_GOALS[options["goal"]])
     is_auto = options["batch"] == AUTO
     if is_auto and goal is tuning.Goal.LATENCY:
         raise click.UsageError("--batch auto looks for throughput: give --goal throughput with it")
     limit = options["latency_limit"]
     limit_ms = None if limit is None else milliseconds_from(limit, "--latency-limit")
-    task, base, messages = _task(model or model_option or "", **options)
+    task, base, messages = _task(chosen, **options)
     config = tuning.TuneConfig(
         goal=goal,
         latency_limit_ms=limit_ms,
@@ -96,10 +100,35 @@ def tune(model: str | None, model_option: str | None, **options: Any) -> None:
         click.echo(warning, err=True)
     if options["output"] is not None:
         options["output"].write_text(properties_json(result) + "\n", encoding="utf-8")
+    if options["writes"]:
+        _write(chosen, options["device"], result)
     if options["as_json"]:
         click.echo(strict_json(result))
     else:
         click.echo(to_text(result) + (f"\n{batch_text(result)}" if is_auto else ""))
+
+
+def _check_output(model: str, output: Path | None, *, writes: bool) -> None:
+    """Refuse, before any long work, what could not be written or would break a bundle's checksums."""
+    from vinoopt.bundle import MANIFEST
+    from vinoopt.errors import BundleError
+
+    if writes and not Path(model, MANIFEST).is_file():
+        raise click.UsageError(f'--write puts the properties into a bundle, and "{model}" is none; give -o FILE')
+    folders = output.resolve().parents if output is not None else ()
+    inside = next((each for each in folders if (each / MANIFEST).is_file()), None)
+    if inside is not None:
+        raise BundleError(f"{output} lies in the bundle {inside.name}, whose checksums it would break; give --write")
+
+
+def _write(model: str, device: str, result: TuneResult) -> None:
+    from vinoopt.bundle import open_bundle, replace_properties
+    from vinoopt.lineup import target_of
+
+    bundle = open_bundle(model)
+    verdict = _verdict(result)
+    replace_properties(bundle, target_of(bundle, device), result.properties, reason=f"tuned again: {verdict}")
+    click.echo(f"{model}: properties and checksums were written", err=True)
 
 
 def _task(model: str, **options: Any) -> Any:
@@ -140,14 +169,15 @@ def properties_json(result: TuneResult) -> str:
 
 def to_text(result: TuneResult) -> str:
     """The properties, and the sentence that tells what they gain."""
+    return f"{properties_json(result)}\n{_verdict(result)}"
+
+
+def _verdict(result: TuneResult) -> str:
     from vinoopt.report import comparison_line
 
-    verdict = (
-        "the default stays: no setting was faster"
-        if result.comparison is None
-        else comparison_line(result.comparison)
-    )
-    return f"{properties_json(result)}\n{verdict}"
+    if result.comparison is None:
+        return "the default stays: no setting was faster"
+    return comparison_line(result.comparison)
 
 
 def batch_text(result: TuneResult) -> str:
