@@ -7,7 +7,8 @@ Every ONNX file of FOLDER is read, its open dimensions are closed (the first of 
 --dimension or as --shape says), and it is quantized with NNCF on noise, once per kind of device: good enough for
 kernels and times, not for accuracy, which is not looked at. Each compiler runs in a child with a time limit. One
 JSON line per model and target goes to the output as soon as it is known; lines that the output already holds are
-not made again, so a run that was interrupted goes on where it was. A table of all lines follows at the end.
+not made again, so a run that was interrupted goes on where it was, but what was not checked is tried once more. A
+table of all lines follows at the end; of emulated times, which are this host's, only the ratio means anything.
 
 By default three NPU platforms, three generations of graphics and three CPU instruction sets; --all takes one
 target for each platform, generation and instruction set of the shipped profiles.
@@ -20,7 +21,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from rich.table import Table
 
 from vinoopt.accuracy.datasets import Dataset, from_arrays
 from vinoopt.compression.quantize import quantize
-from vinoopt.errors import CompressionError, ToolchainError, ToolchainRefused, VinooptError
+from vinoopt.errors import CompressionError, InputError, ToolchainError, ToolchainRefused, VinooptError
 from vinoopt.frontend.normalize import SourceModel, load_model
 from vinoopt.frontend.parity import random_samples
 from vinoopt.hardware.isa import saturates_int8
@@ -209,9 +210,9 @@ def judged(name: str, subject: Subject, target: Target) -> Line:
     started = time.monotonic()
     try:
         facts = figures(subject, target)
-    except ToolchainRefused as exc:
+    except (ToolchainRefused, InputError) as exc:
         facts = {"verdict": "refused", "why": first_line(exc)}
-    except ToolchainError as exc:
+    except VinooptError as exc:
         facts = {"verdict": Evidence.NOT_CHECKED.value, "why": first_line(exc)}
     return Line(model=name, target=str(target), seconds=round(time.monotonic() - started, 1), **facts)
 
@@ -239,13 +240,16 @@ def figures(subject: Subject, target: Target) -> dict[str, Any]:
         facts["verdict"] = Evidence.NOT_CHECKED.value
     warnings = [each.message for each in (unchecked or builds)[-1].diagnostics if each.severity == "warning"]
     facts.setdefault("why", warnings[0] if warnings else "")
+    times: dict[str, Any] = {}
     try:
         times = bench.times(made)
+    except ToolchainRefused as exc:  # it compiles; only its time is not known
+        facts["why"] = first_line(exc)
     except ToolchainError as exc:
         return {**facts, "verdict": Evidence.NOT_CHECKED.value, "why": first_line(exc)}
     return {
         **facts,
-        "evidence": times["evidence"],
+        "evidence": times.get("evidence", ""),
         "float_ms": times.get("float"),
         "int8_ms": times.get("INT8"),
         "is_lower_bound": any(build.is_lower_bound for build in builds),
@@ -281,12 +285,17 @@ def first_line(exc: Exception) -> str:
 
 def every_target() -> list[Target]:
     """One for each NPU platform, GPU generation and CPU instruction set of the shipped profiles."""
-    return [Target(profile=next(iter(group.members)), device=group.kind) for group in alike()]
+    found: dict[tuple[Device, str], Target] = {}
+    for group in alike():
+        target = Target(profile=next(iter(group.members)), device=group.kind)
+        found.setdefault((group.kind, group.generation), target)
+    return list(found.values())
 
 
 def lines_of(models: Sequence[Path], targets: Sequence[Target], options: Any) -> Iterator[Line]:
-    """Lines that the output does not hold yet, model by model."""
-    done = {(line.model, line.target) for line in kept(options.output)}
+    """Lines that the output does not hold yet, and those that were not checked, model by model."""
+    lines = kept(options.output)
+    done = {(line.model, line.target) for line in lines if line.verdict != Evidence.NOT_CHECKED.value}
     shapes = dict(text.split("=", 1) for text in options.shape)
     for path in models:
         name = title(path, options.folder)
@@ -308,15 +317,22 @@ def title(path: Path, folder: Path) -> str:
 
 
 def kept(path: Path) -> list[Line]:
+    """The last line of each model and target, in the order of the first; fields that are gone are passed over."""
     if not path.is_file():
         return []
-    return [Line(**json.loads(text)) for text in path.read_text(encoding="utf-8").splitlines()]
+    known = {field.name for field in fields(Line)}
+    found: dict[tuple[str, str], Line] = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = Line(**{name: value for name, value in json.loads(text).items() if name in known})
+        found[line.model, line.target] = line
+    return list(found.values())
 
 
 COLUMNS = [
     "model",
     "target",
     "verdict",
+    "evidence",
     "float ms",
     "INT8 ms",
     "x",
@@ -338,15 +354,21 @@ def show(lines: Sequence[Line]) -> None:
 
 
 def row(line: Line) -> Iterator[Any]:
-    bound = ">" if line.is_lower_bound else ""
-    yield from (line.model, line.target, line.verdict)
+    yield from (line.model, line.target, line.verdict, line.evidence)
     for ms in (line.float_ms, line.int8_ms):
-        yield "" if ms is None else f"{bound}~{ms:.3g}"
+        yield "" if ms is None else shown(ms, line)
     yield "" if not line.float_ms or not line.int8_ms else f"{line.float_ms / line.int8_ms:.2f}"
     yield "" if line.mac_layers is None else f"{line.mac_layers_int8}/{line.mac_layers}"
     yield "" if line.on_reference is None else line.on_reference
     yield "" if line.on_shave is None else f"{line.on_shave}/{line.layers}"
     yield from (f"{line.seconds:.0f}", line.why[:120])
+
+
+def shown(ms: float, line: Line) -> str:
+    """A latency as what it is: `>` a lower bound, `~` by a cost model, `here` by this host's clock."""
+    if line.evidence == Evidence.EMULATED.value:
+        return f"{ms:.3g} here"
+    return f"{'>' if line.is_lower_bound else ''}~{ms:.3g}"
 
 
 def parsed() -> Any:
