@@ -176,8 +176,53 @@ def test_departures_carry_figures() -> None:
     found = Parity(cosine=(0.98, 1.0), agreement=0.9)
     reason = departure(found, min_cosine=0.99, min_agreement=0.95, default=None)
     assert reason == (
-        "output 0 has cosine 0.980000, below 0.990000; the top class agrees on 90.0% of samples, below 95.0%"
+        "output 0 has cosine 0.980000, below 0.990000; top classes or ids agree on 90.0% of samples, below 95.0%"
     )
+
+
+GATE = {"min_cosine": 0.999, "min_agreement": 0.99, "default": None}
+
+
+def test_the_worst_sample_is_named() -> None:
+    rng = np.random.default_rng(0)
+    expected = [[rng.normal(size=(1, 8, 4, 4))] for _ in range(40)]
+    outputs = [[each[0] * 1.0001] for each in expected]
+    outputs[17] = [outputs[17][0] + 0.25 * rng.normal(size=(1, 8, 4, 4))]
+    found = parity(outputs, expected)
+    assert found.worst_sample == (17,)
+    assert found.worst[0] == pytest.approx(0.97, abs=0.01)
+    assert found.cosine[0] > 0.999
+    assert departure(found, **GATE) == f"sample 17 has cosine {found.worst[0]:.6f} in output 0, below 0.990000"
+    assert departure(found, **{**GATE, "default": found}) == ""
+
+
+def test_what_moves_on_top_of_a_large_constant_counts() -> None:
+    rng = np.random.default_rng(0)
+    expected = [[500 + rng.normal(size=(1, 8, 4, 4))] for _ in range(10)]
+    found = parity([[np.full((1, 8, 4, 4), 500.0)]] * 10, expected)
+    assert found.cosine[0] > 0.99999
+    assert found.error[0] == pytest.approx(1.0, abs=0.05)
+    assert "output 0 is off by" in departure(found, **GATE)
+    near = parity([[each[0] + 0.001] for each in expected], expected)
+    assert departure(near, **GATE) == ""
+
+
+def test_ids_are_judged_by_agreement() -> None:
+    expected = [[np.array([[3, 900]], np.int64)] for _ in range(50)]
+    outputs = [[each[0].copy()] for each in expected]
+    outputs[0][0][0, 0] = 901  # one of a hundred, far away as a number
+    found = parity(outputs, expected)
+    assert (found.cosine, found.agreement) == ((None,), 0.99)
+    assert departure(found, **GATE) == ""
+    outputs[1][0][0, 0] = 4
+    assert "ids agree on 98.0%" in departure(parity(outputs, expected), **GATE)
+
+
+def test_other_shapes_are_told_as_such() -> None:
+    found = parity(_scores([[1, 2, 3]]), _scores([[1, 2]]))
+    assert departure(found, **GATE) == "output 0 has shape [1, 3] instead of [1, 2]"
+    rows = [[np.ones((1, n, 4))] for n in (2, 5)]
+    assert departure(parity(rows, rows), **GATE) == ""
 
 
 def test_the_default_sets_the_demand_where_it_falls_short() -> None:

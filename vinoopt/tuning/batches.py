@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from vinoopt.bench import Sample
 from vinoopt.errors import ShapeError
+from vinoopt.toolchains.host import reason_of
 from vinoopt.tuning.parity import Outputs
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -89,8 +90,7 @@ def rebatched(model: ov.Model, *, own: int, batch: int) -> ov.Model:
         _free_reshapes(copy, own)
         _set_batch(copy, batch)
     except RuntimeError as exc:
-        reason = [line.strip() for line in str(exc).splitlines() if line.strip()][-1]
-        raise ShapeError(f"the model does not work at batch {batch}: {reason}") from exc
+        raise ShapeError(f"the model does not work at batch {batch}: {reason_of(exc)}") from exc
     for place, (old, port) in enumerate(zip(before, copy.outputs, strict=True)):
         new = port.get_partial_shape()
         if not _follows(old, new, own=own, batch=batch):

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from vinoopt.bench import Sample
 from vinoopt.errors import DeviceError
 from vinoopt.records import Record
-from vinoopt.tuning.parity import run_all
+from vinoopt.toolchains.host import reason_of
+from vinoopt.tuning.parity import error_at, relative_error, run_all
 
 MAX_SAMPLES = 8
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -74,7 +75,7 @@ def first_departure(
     if last < 0:
         return None
     final = cutter.final_error()
-    limit = min(float(np.sqrt(2 * max(1 - min_cosine, 0.0))), final / 2)
+    limit = min(error_at(min_cosine), final / 2)
     if not final > 0:
         return None
     errors = {last: cutter.error(last)}
@@ -168,38 +169,10 @@ def _compiled(model: ov.Model, variant: Variant) -> ov.CompiledModel:
     try:
         return ov.Core().compile_model(model, variant.device, dict(variant.properties))
     except RuntimeError as exc:
-        reason = str(exc).strip().splitlines()[-1]
-        raise DeviceError(f"a part of the model does not compile for {variant.device}: {reason}") from exc
+        raise DeviceError(f"a part of the model does not compile for {variant.device}: {reason_of(exc)}") from exc
 
 
 def _largest_error(own: _Arrays, other: _Arrays) -> float:
-    return max(
-        (_error([a[port] for a in own], [b[port] for b in other]) for port in range(len(other[0]))), default=0.0
-    )
-
-
-def _error(own: Sequence[NDArray[Any]], other: Sequence[NDArray[Any]]) -> float:
-    """Root of the squared error over the reference's variation about the means of its channels (axis 1)."""
-    shapes = [each.shape for each in own]
-    if shapes != [each.shape for each in other]:
-        return float("inf")
-    channels = 1 if other[0].ndim > 1 else 0
-    a, b = (np.concatenate([_columns(each, channels) for each in side], axis=1) for side in (own, other))
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    if not np.isfinite(a[~same]).all() or not np.isfinite(b[~same]).all():
-        return float("inf")
-    difference = np.where(same, 0.0, a - np.where(same, a, b))
-    kept = np.where(np.isfinite(b), b, 0.0)
-    power = float(np.square(kept - kept.mean(axis=1, keepdims=True)).sum())
-    if power == 0:
-        power = float(np.square(kept).sum())
-    noise = float(np.square(difference).sum())
-    return float(np.sqrt(noise / power)) if power else (0.0 if noise == 0 else float("inf"))
-
-
-def _columns(array: NDArray[Any], channels: int) -> NDArray[np.float64]:
-    """The array as [channels, values]."""
-    if array.ndim == 0:
-        return np.asarray(array, np.float64).reshape(1, 1)
-    moved = np.moveaxis(np.asarray(array, np.float64), channels, 0)
-    return moved.reshape(moved.shape[0], -1)
+    ports = range(len(other[0]))
+    errors = (relative_error([a[port] for a in own], [b[port] for b in other]) for port in ports)
+    return max(errors, default=0.0)

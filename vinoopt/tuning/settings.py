@@ -13,6 +13,7 @@ import psutil
 from vinoopt.errors import DeviceError
 from vinoopt.hardware.detect import cpu_flags
 from vinoopt.records import DeviceSpec
+from vinoopt.toolchains.host import reason_of
 
 Values = tuple[str, ...]
 
@@ -49,8 +50,7 @@ def axes(
     try:
         supported: Mapping[str, str] = core.get_property(device, "SUPPORTED_PROPERTIES")
     except RuntimeError as exc:
-        reason = str(exc).strip().splitlines()[-1]
-        raise DeviceError(f"{device} does not answer: {reason}; here are {core.available_devices}") from exc
+        raise DeviceError(f"{device} does not answer: {reason_of(exc)}; here are {core.available_devices}") from exc
     writable = {key for key, access in supported.items() if access == "RW"}
     asked = Asked(
         core=core,
