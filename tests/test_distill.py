@@ -154,6 +154,76 @@ def test_early_stopping_watches_the_held_back_inputs() -> None:
     assert not result.is_better
 
 
+def test_an_interrupt_leaves_a_checkpoint(tmp_path: Path) -> None:
+    place = tmp_path / "run.pt"
+
+    def cut(event: Event) -> None:
+        if event.done >= 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distilled(24, checkpoint=place, on_event=cut)
+    assert bytes_of(distilled(24, checkpoint=place).model) == bytes_of(distilled(24).model)
+
+
+@pytest.mark.parametrize("what", ["teacher", "data", "student", "damaged"])
+def test_a_checkpoint_of_other_material_is_not_taken(what: str, tmp_path: Path) -> None:
+    place = tmp_path / "run.pt"
+    teacher, student = pair()
+    options: dict[str, Any] = {"steps": 12, "batch": 16, "threads": 1, "augment": False}
+
+    def cut(event: Event) -> None:
+        if event.done >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vinoopt.distill(student, teacher=teacher, data=IMAGES, checkpoint=place, on_event=cut, **options)
+    if what == "damaged":
+        state = torch.load(place, weights_only=True)
+        state["best"][0] = state["best"][0][:1]
+        torch.save(state, place)
+    steps: list[int] = []
+    vinoopt.distill(
+        network(4, seed=7) if what == "student" else student,
+        teacher=network(seed=7) if what == "teacher" else teacher,
+        data=IMAGES * 1.5 if what == "data" else IMAGES,
+        checkpoint=place,
+        on_event=lambda event: steps.append(event.done),
+        **options,
+    )
+    assert min(step for step in steps if step) == 1, "the run begins anew"
+
+
+def test_whole_numbers_alone_are_refused() -> None:
+    teacher, student = pair()
+    for model in (teacher, student):
+        best = op.topk(model.outputs[0].get_node().input_value(0), op.constant(1), 1, "max", "value").output(1)
+        result = op.result(best)
+        model.add_results([result])
+        model.remove_result(model.get_results()[0])
+    with pytest.raises(DistillationError, match="whole numbers"):
+        vinoopt.distill(student, teacher=teacher, data=IMAGES)
+
+
+def test_an_error_of_pytorch_is_ours_and_leaves_the_model_alone() -> None:
+    def broken(inputs: Any, generator: Any) -> list[Any]:
+        return [inputs[0][:, :2]]
+
+    teacher, student = pair()
+    before = bytes_of(student)
+    with pytest.raises(DistillationError, match=r"Convolution.*stem"):
+        vinoopt.distill(student, teacher=teacher, data=IMAGES, steps=5, augment=broken)
+    assert bytes_of(student) == before
+
+
+def test_a_limited_run_anneals_and_can_be_continued(tmp_path: Path) -> None:
+    place = tmp_path / "run.pt"
+    first = distilled(100_000, time_limit_s=1.5, checkpoint=place, peak_rate=0.003)
+    if first.outcome.is_cut:
+        assert place.is_file()
+    assert first.outcome.best_step > 0
+
+
 def test_too_few_inputs_and_nonsense_are_refused() -> None:
     teacher, student = pair()
     with pytest.raises(DistillationError, match="at least 16"):

@@ -104,6 +104,26 @@ IMAGES: dict[str, Make] = {
     "pad, symmetric": lambda x: op.pad(x, ints(0, 0, 2, 1), ints(0, 0, 1, 3), "symmetric"),
     "pad, edge": lambda x: op.pad(x, ints(0, 0, 2, 1), ints(0, 0, 1, 3), "edge"),
     "gather": lambda x: op.gather(x, op.constant(np.array([[3, 0], [-1, 1]])), op.constant(1)),
+    "gather, per sample": lambda x: op.gather(
+        x, op.constant(np.array([[3, 0, 1], [-1, 1, 2]])), op.constant(1), batch_dims=1
+    ),
+    "gather, per sample and channel": lambda x: op.gather(
+        x, op.constant(RNG.integers(0, 8, (2, 4, 5))), op.constant(3), batch_dims=2
+    ),
+    "roll": lambda x: op.roll(x, ints(2, -3), ints(2, 3)),
+    "roll, one shift": lambda x: op.roll(x, ints(1), ints(2)),
+    "grid sample": lambda x: opset11.grid_sample(
+        x, op.constant(f32(2, 5, 6, 2, scale=0.6)), {"mode": "bilinear", "padding_mode": "border"}
+    ),
+    "grid sample, aligned": lambda x: opset11.grid_sample(
+        x, op.constant(f32(2, 5, 6, 2, scale=0.6)), {"mode": "bicubic", "align_corners": True}
+    ),
+    "strided slice, ellipsis": lambda x: op.strided_slice(
+        x, ints(0, 0, 2), ints(1, 0, 8), ints(1, 1, 3), [0, 0, 0], [0, 0, 0], [], [], [0, 1, 0]
+    ),
+    "strided slice, ellipsis and new axis": lambda x: op.strided_slice(
+        x, ints(0, 0, 1), ints(0, 0, 0), ints(1, 1, 1), [0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]
+    ),
     "tile": lambda x: op.tile(x, ints(1, 2, 1, 3)),
     "broadcast": lambda x: op.broadcast(op.slice(x, ints(0), ints(1), ints(1), ints(2)), ints(2, 4, 5, 8)),
     "shape": lambda x: op.reshape(
@@ -288,9 +308,62 @@ def test_a_graph_for_one_call_takes_several_where_that_is_the_same() -> None:
     def across(x: ov.Node) -> ov.Node:
         return op.subtract(x, op.reduce_mean(x, ints(0), True))  # joins the samples of a call
 
-    for make, together in ((classifier, True), (across, False)):
+    def transformer(x: ov.Node) -> ov.Node:
+        tokens = op.transpose(op.reshape(x, ints(1, 4, 25), False), ints(0, 2, 1))
+        tokens = op.concat([op.constant(f32(1, 1, 4)), tokens], 1)
+        return op.reduce_sum(op.add(tokens, f32(1, 26, 4)), ints(1), False)
+
+    for make, together in ((classifier, True), (transformer, True), (across, False)):
         model = graph(make, 1, 4, 5, 5)
         assert check_batches(Mirror(model), calls(model, 3)) is together
+
+
+@pytest.mark.parametrize("kind", ["bf16", "u4", "i4"])
+def test_constants_of_few_bits_are_read_as_they_are(kind: str) -> None:
+    stored = np.array([[1, 2, 3, 7, 0, 5]] * 4, np.float32 if kind == "bf16" else np.int8)
+    constant = op.constant(stored, {"bf16": ov.Type.bf16, "u4": ov.Type.u4, "i4": ov.Type.i4}[kind])
+    scaled = op.multiply(op.convert(constant, "f32"), f32(4, 1))
+    model = graph(lambda x: op.matmul(x, scaled, False, True), *ROW)
+    check_equality(Mirror(model), calls(model))
+
+
+@pytest.mark.parametrize("kind", ["plain", "half", "swapped"])
+def test_weights_in_eight_bits_are_found_however_their_scale_is_given(kind: str) -> None:
+    integers = op.convert(op.constant(RNG.integers(-127, 128, (5, 6)).astype(np.int8)), "f32")
+    scale: Any = op.constant(np.abs(f32(5, 1)) + np.float32(0.01))
+    if kind == "half":
+        scale = op.convert(op.constant((np.abs(f32(5, 1)) + 0.01).astype(np.float16)), "f32")
+    weight = op.multiply(scale, integers) if kind == "swapped" else op.multiply(integers, scale)
+    model = graph(lambda x: op.matmul(x, weight, False, True), *ROW)
+    mirror = Mirror(model)
+    assert len(mirror.values) == len(mirror.factors) == 1
+    with torch.no_grad():
+        mirror.factors[0].add_(0.1)
+    mirror.write()
+    check_equality(mirror, calls(model))
+
+
+def test_a_small_channel_counts_beside_a_large_one() -> None:
+    scales = np.array([1e4, 1, 1, 1, 1], np.float32)
+    mirror = Mirror(graph(lambda x: op.multiply(op.matmul(x, f32(5, 6), False, True), scales), *ROW))
+    with torch.no_grad():
+        mirror.values[0][1].mul_(1.05)
+    with pytest.raises(DistillationError, match="departs from OpenVINO"):
+        check_equality(mirror, calls(mirror.model))
+
+
+def test_what_fails_in_pytorch_is_named() -> None:
+    model = graph(lambda x: op.relu(op.matmul(x, f32(5, 6), False, True)), *ROW)
+    with pytest.raises(DistillationError, match="MatMul"):
+        mirror = Mirror(model)
+        mirror([torch.zeros(2, 7)], mirror.results)
+
+
+def test_a_norm_of_nothing_has_a_gradient() -> None:
+    mirror = Mirror(graph(lambda x: op.reduce_l2(op.matmul(x, f32(5, 6), False, True), ints(1), False), *ROW))
+    (norm,) = mirror([torch.zeros(2, 6)], mirror.results)
+    norm.sum().backward()
+    assert bool(torch.isfinite(mirror.values[0].grad).all())
 
 
 REAL = [

@@ -66,4 +66,5 @@ def _with_bias(convolution: Step, add: Step, bias: Key) -> Step:
             return convolution.function(x, weight, values.reshape(-1))
         return convolution.function(x, weight) + values
 
-    return replace(add, function=convolve, inputs=(*convolution.inputs, bias), kind="Convolution")
+    whole = replace(convolution, function=convolve, inputs=(*convolution.inputs, bias), kind="Convolution")
+    return replace(whole, name=add.name)

@@ -206,14 +206,18 @@ class _Stage:
             counts = range(len(chosen), 0, -1)
             fitting = ((n, steps) for n in counts if (steps := self._steps(seconds / n)) >= _LEAST_STEPS)
             # Without a time limit something is tried anyhow.
-            is_free = number == 0 and self.options.deadline is None
-            return next(fitting, (len(chosen), _LEAST_STEPS) if is_free else (0, 0))
+            if number == 0 and self.options.deadline is None:
+                return next(fitting, (len(chosen), _LEAST_STEPS))
+            return next(fitting)
 
         key = digest(number, [serde.sha256_record(runner.plan) for runner in chosen])[:16]
         name = f"distillation-round-{self.judge.yardstick.target.slug}-{key}"
-        count, steps = self.judge.store.json(name, planned)
-        if count * self._run_s(steps) > max(self._left(), seconds) and self.options.deadline is not None:
-            count, steps = planned()  # it was planned for a longer time limit
+        try:
+            count, steps = self.judge.store.json(name, planned)
+            if count * self._run_s(steps) > max(self._left(), seconds) and self.options.deadline is not None:
+                count, steps = planned()  # it was planned for a longer time limit
+        except StopIteration:  # not even one of the least length fits, which is not kept
+            return [], 0
         return chosen[:count], steps
 
     def _steps(self, seconds: float) -> int:
