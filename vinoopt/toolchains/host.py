@@ -1,28 +1,37 @@
-"""Devices that are here: OpenVINO compiles for them in this process and says what every layer became."""
+"""Devices that are here: OpenVINO compiles for them and says what every layer became."""
 
 from __future__ import annotations
 
-import hashlib
+import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 import openvino as ov
 
+from vinoopt import serde
 from vinoopt.errors import DeviceError
 from vinoopt.records import (
     Availability,
     Build,
     Device,
     DeviceSpec,
+    Diagnostic,
     Evidence,
     LayerReport,
     RuntimeProperties,
     Target,
 )
+from vinoopt.toolchains.process import ChildReply, memory_limit, run_child
 
+WORKER = "vinoopt.toolchains.host_worker"
+BLOB_FILE, OUTPUTS_FILE = "model.blob", "outputs.npz"
+
+Runner = Callable[..., ChildReply]
+
+_PLATFORM = re.compile(r"\d{4}")
 _BLOB_DEVICES = frozenset({Device.GPU, Device.NPU})
 """Devices whose compiled form is worth shipping; a CPU's is compiled from IR in less time than it takes to copy."""
 RUNTIME_REQUIREMENTS = "runtime_requirements"
@@ -36,7 +45,10 @@ _ABOUT = "Error has occured for:"
 
 
 class HostToolchain:
-    """OpenVINO's own plugins on the devices of this machine."""
+    """OpenVINO's own plugins on the devices of this machine; those of GPU and NPU run in a child."""
+
+    def __init__(self, *, run: Runner = run_child) -> None:
+        self._run = run
 
     def probe(self, spec: DeviceSpec) -> Availability:
         """Whether OpenVINO lists the device here."""
@@ -59,32 +71,82 @@ class HostToolchain:
         properties: RuntimeProperties,
         output: Path,
         timeout_s: float,
+        calls: Path | None = None,
+        outputs: Path | None = None,
     ) -> Build:
         """The IR at `model_path` compiled on its device, with a blob at `output` for GPU and NPU.
 
-        `timeout_s` is not used: a plugin of this process cannot be stopped. Raises `DeviceError` where OpenVINO
-        refuses model or properties.
+        Where `calls` holds inputs, as `write_calls` leaves them, a GPU's or NPU's outputs for them are left at
+        `outputs`, each named by its number. For an NPU, layers that its compiler takes only in another form are
+        replaced in the file `model_path`: it computes the same. A CPU compiles in this process, without the time
+        limit. Raises `DeviceError` where OpenVINO refuses model or properties for the CPU, `ShapeError` and
+        `ToolchainRefused` where it does, or is known to, for another device, `ToolchainCrashed` and
+        `ToolchainTimeout`.
         """
-        started = time.monotonic()
-        compiled = compile_here(model_path, spec.kind, properties.as_dict())
-        compile_ms = (time.monotonic() - started) * 1e3
-        blob = None
-        if spec.kind in _BLOB_DEVICES:
-            data = compiled.export_model()
-            output.write_bytes(data)
-            blob = hashlib.sha256(data).hexdigest()
-        requirements = requirements_of(compiled)
+        if spec.kind not in _BLOB_DEVICES:
+            return _compiled_here(model_path, spec, properties)
+        findings = _prepared_for_npu(model_path, spec) if spec.kind is Device.NPU else ()
+        request = {
+            "model": str(model_path.resolve()),
+            "device": spec.kind.value,
+            "properties": properties.as_dict(),
+            "calls": None if calls is None else str(calls.resolve()),
+        }
+        values = self._run(
+            WORKER,
+            request=request,
+            timeout_s=timeout_s,
+            memory_limit_bytes=memory_limit(),
+            collect={BLOB_FILE: output, **({} if outputs is None else {OUTPUTS_FILE: outputs})},
+        ).values
         return Build(
             target=Target(profile=spec.name, device=spec.kind),
             toolchain=f"openvino {ov.__version__}",
             evidence=Evidence.COMPILED,
             properties=properties,
-            blob=output.name if blob else None,
-            blob_sha256=blob,
-            compile_ms=compile_ms,
-            layers=tuple(describe_layers(compiled)),
-            details={} if requirements is None else {RUNTIME_REQUIREMENTS: requirements},
+            blob=output.name,
+            blob_sha256=serde.sha256_file(output),
+            compile_ms=values["compile_ms"],
+            layers=tuple(LayerReport(**layer) for layer in values["layers"]),
+            diagnostics=findings,
+            details=_details(values["requirements"]),
         )
+
+
+def _details(requirements: str | None) -> dict[str, str]:
+    return {} if requirements is None else {RUNTIME_REQUIREMENTS: requirements}
+
+
+def _compiled_here(model_path: Path, spec: DeviceSpec, properties: RuntimeProperties) -> Build:
+    started = time.monotonic()
+    compiled = compile_here(model_path, spec.kind, properties.as_dict())
+    compile_ms = (time.monotonic() - started) * 1e3
+    return Build(
+        target=Target(profile=spec.name, device=spec.kind),
+        toolchain=f"openvino {ov.__version__}",
+        evidence=Evidence.COMPILED,
+        properties=properties,
+        compile_ms=compile_ms,
+        layers=tuple(describe_layers(compiled)),
+        details=_details(requirements_of(compiled)),
+    )
+
+
+def npu_platform(spec: DeviceSpec) -> str:
+    """The compiler's name for an NPU of this machine, as `4000`, out of the architecture that OpenVINO tells."""
+    found = _PLATFORM.search(spec.architecture)
+    return found[0] if found else spec.architecture
+
+
+def _prepared_for_npu(model_path: Path, spec: DeviceSpec) -> tuple[Diagnostic, ...]:
+    """What the compiler is known to dislike in an IR, whose layers are put into the form that it takes."""
+    # The children that import this module need neither.
+    from vinoopt.toolchains import npu_preflight, npu_rewrites
+
+    platform = npu_platform(spec)
+    findings = npu_preflight.check(npu_preflight.read_ir(model_path), platform)
+    npu_preflight.refuse(findings)
+    return (*findings, *npu_rewrites.rewrite_file(model_path, platform))
 
 
 def compile_here(

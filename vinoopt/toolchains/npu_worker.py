@@ -22,22 +22,24 @@ from typing import Any
 import openvino as ov
 
 
-def compile_model(model: str, properties: dict[str, str], *, asked: list[str], blob: Path | None) -> Any:
+def compile_model(
+    model: str, properties: dict[str, str], *, asked: list[str], blob: Path | None, device: str = "NPU"
+) -> Any:
     """What the harness prints: OpenVINO's build, compile time and what was asked for, or the failure."""
     stage = "core"
     try:
         core = ov.Core()
         stage = "properties"
-        core.set_property("NPU", properties)
+        core.set_property(device, properties)
         stage = "read"
         network = core.read_model(model)
         stage = "compile"
         started = time.monotonic()
-        compiled = core.compile_model(network, "NPU")
+        compiled = core.compile_model(network, device)
         compile_ms = int(1000 * (time.monotonic() - started))
         stage = "export"
         if blob is not None:
-            blob.write_bytes(compiled.export_model())
+            blob.write_bytes(compiled.export_model().getvalue())
     except RuntimeError as exc:
         return {"ok": False, "stage": stage, "message": str(exc)}
     supported = set(compiled.get_property("SUPPORTED_PROPERTIES"))

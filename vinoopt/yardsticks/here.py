@@ -14,22 +14,39 @@ from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig, measure
+from vinoopt.bundle import TOLERANCES
+from vinoopt.errors import ToolchainCrashed, ToolchainError, ToolchainTimeout
 from vinoopt.records import (
     Build,
     CompressionPlan,
     Device,
     DeviceSpec,
+    Diagnostic,
+    Evidence,
     Measurement,
     Precision,
     RuntimeProperties,
     Target,
 )
-from vinoopt.toolchains.host import HostToolchain, layer_times
-from vinoopt.yardsticks.base import MAX_SAMPLES, Entry, Sample, outputs_here, runtime_properties
+from vinoopt.replay import departure
+from vinoopt.toolchains.calls import read_calls, write_calls
+from vinoopt.toolchains.host import HostToolchain, layer_times, npu_platform
+from vinoopt.toolchains.npu_rewrites import rewrite
+from vinoopt.toolchains.process import child_folder
+from vinoopt.yardsticks.base import (
+    F32,
+    MAX_SAMPLES,
+    Entry,
+    Sample,
+    computes_integers,
+    outputs_here,
+    runtime_properties,
+)
 
 _SEARCH_ROUNDS = MeasureConfig(rounds=9, min_round_ms=15, warmup_ms=40)
 _REFERENCE = "float"
 _COMPILE_TIMEOUT_S = 600.0
+_PARITY_SAMPLES = 4
 
 
 @dataclass(kw_only=True)
@@ -41,6 +58,7 @@ class HostYardstick:
     reference: ov.Model
     """The float model."""
     samples: Sequence[Sample]
+    toolchain: HostToolchain = field(default_factory=HostToolchain)
     seconds: float = 4.0
     """Per contestant of a final comparison."""
     _reference_ms: float | None = field(default=None, init=False)
@@ -94,14 +112,16 @@ class HostYardstick:
             for key, value in runtime_properties(plan, self.spec.kind).as_dict().items()
             if key != "PERFORMANCE_HINT"
         }
-        return predict(model, data, properties=hint, device=self.spec.kind.value)
+        return predict(self.ready(model), data, properties=hint, device=self.spec.kind.value)
 
     def block_times(
         self, plan: CompressionPlan, model: ov.Model, blocks: Sequence[str]
     ) -> Mapping[str, float]:
         """Microseconds per block from the device's counters."""
         properties = runtime_properties(plan, self.spec.kind).as_dict()
-        return layer_times(model, self.spec.kind, properties, self.samples[:MAX_SAMPLES], blocks=blocks)
+        return layer_times(
+            self.ready(model), self.spec.kind, properties, self.samples[:MAX_SAMPLES], blocks=blocks
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -111,7 +131,12 @@ class HostYardstick:
     def compare(self, candidates: Mapping[str, Entry]) -> BenchResult:
         """All candidates side by side in interleaved rounds, long enough to tell them apart."""
         contestants = [
-            Contestant(name=name, model=model, device=self.spec.kind.value, properties=properties.as_dict())
+            Contestant(
+                name=name,
+                model=self.ready(model),
+                device=self.spec.kind.value,
+                properties=properties.as_dict(),
+            )
             for name, (_, model, properties) in candidates.items()
         ]
         config = MeasureConfig(seconds=self.seconds * len(contestants))
@@ -121,11 +146,28 @@ class HostYardstick:
         """Nothing to do: a candidate that has a latency was compiled on the device."""
 
     def compile(self, ir: Path, properties: RuntimeProperties, output: Path) -> Build:
-        """The IR compiled on the device; see `HostToolchain.compile`."""
-        build = HostToolchain().compile(
-            ir, self.spec, properties=properties, output=output, timeout_s=_COMPILE_TIMEOUT_S
-        )
-        return serde.replace(build, target=self.target)
+        """The IR compiled on the device; see `HostToolchain.compile`.
+
+        For GPU and NPU a diagnostic says how near their outputs are to those of this CPU in f32 on real inputs.
+        Where their compiler crashes or runs out of time there is no blob, and the evidence is `NOT_CHECKED`.
+        """
+        with child_folder() as folder:
+            calls, outputs = folder / "calls.npz", folder / "outputs.npz"
+            write_calls(calls, self.samples[:_PARITY_SAMPLES])
+            try:
+                build = self.toolchain.compile(
+                    ir,
+                    self.spec,
+                    properties=properties,
+                    output=output,
+                    timeout_s=_COMPILE_TIMEOUT_S,
+                    calls=calls,
+                    outputs=outputs,
+                )
+            except (ToolchainCrashed, ToolchainTimeout) as exc:
+                return self._without_blob(properties, exc)
+            told = () if self.spec.kind is Device.CPU else (self._parity(ir, properties, outputs),)
+        return serde.replace(build, target=self.target, diagnostics=(*build.diagnostics, *told))
 
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
         """The device itself."""
@@ -143,6 +185,48 @@ class HostYardstick:
         device, used = self.replay_on(properties)
         return outputs_here(ir, device, used, calls)
 
+    def ready(self, model: ov.Model) -> ov.Model:
+        """The model in the form that the device's compiler takes: itself, but for some layers on an NPU."""
+        if self.spec.kind is not Device.NPU:
+            return model
+        changed = model.clone()
+        rewrite(changed, npu_platform(self.spec))
+        return changed
+
+    def _parity(self, ir: Path, properties: RuntimeProperties, outputs: Path) -> Diagnostic:
+        """How far the device's outputs depart from those of this CPU in f32, as `replay.departure` counts."""
+        given = self.samples[:_PARITY_SAMPLES]
+        expected = outputs_here(ir, Device.CPU, F32, given)
+        found = list(read_calls(outputs))
+        worst = max(
+            departure(value, call[str(number)])
+            for reference, call in zip(expected, found, strict=True)
+            for number, value in enumerate(reference)
+        )
+        is_quantized = computes_integers(ov.Core().read_model(ir))
+        hint = properties.as_dict().get("INFERENCE_PRECISION_HINT", Precision.F16.value)
+        tolerance = TOLERANCES[Precision.INT8 if is_quantized else Precision(hint)]
+        is_near = worst <= tolerance
+        message = (
+            f"outputs of {self.spec.kind} on {len(given)} real inputs depart from those of this CPU in f32 by "
+            f"{worst:.2g} of their range (tolerance {tolerance:g})"
+        )
+        code = "HOST_PARITY" if is_near else "HOST_DEPARTS"
+        return Diagnostic(severity="info" if is_near else "warning", code=code, message=message)
+
+    def _without_blob(self, properties: RuntimeProperties, exc: ToolchainError) -> Build:
+        return Build(
+            target=self.target,
+            toolchain="none",
+            evidence=Evidence.NOT_CHECKED,
+            properties=properties,
+            diagnostics=(
+                Diagnostic(severity="warning", code="HOST_NOT_CHECKED", message=f"no blob was made: {exc}"),
+            ),
+        )
+
     def _contestant(self, name: str, plan: CompressionPlan, model: ov.Model) -> Contestant:
         properties = runtime_properties(plan, self.spec.kind).as_dict()
-        return Contestant(name=name, model=model, device=self.spec.kind.value, properties=properties)
+        return Contestant(
+            name=name, model=self.ready(model), device=self.spec.kind.value, properties=properties
+        )
