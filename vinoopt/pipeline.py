@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from vinoopt import bundle as bundles
 from vinoopt.accuracy.datasets import Dataset, Splits, from_arrays, load_dataset, split
 from vinoopt.accuracy.evaluate import Predictions, check_fit, predict, score
-from vinoopt.accuracy.metrics import Metric, find_metric
+from vinoopt.accuracy.metrics import SQNR_CEILING_DB, Metric, find_metric
 from vinoopt.bundle import Bundle
 from vinoopt.compiler import yardstick_for
 from vinoopt.compression.build import Workshop
@@ -145,8 +146,9 @@ def compile(
     the limit in any case. So a limit below about twice those stages is overrun. What the search has when its
     time is up is used, at the least the float model.
 
-    An interrupt (Ctrl-C) during the search or the tuning keeps the best so far and still writes the bundle;
-    `bundle.manifest.interrupted` is then set. At any other stage it passes through, and nothing is written.
+    An interrupt (Ctrl-C) during the search, the choice or the tuning keeps the best so far and still writes the
+    bundle; `bundle.manifest.interrupted` is then set. A second one, or one at any other stage, passes through, and
+    nothing is written.
 
     Raises the classes of `vinoopt.errors`: `ModelError`, `ShapeError`, `DataError`, `MetricError`, `TargetError`,
     `BundleError` for what was handed in, before any long work.
@@ -295,7 +297,7 @@ def _search_all(
     metric = handed.metric or _find_metric(request, source, splits)
     for part in (splits.search, splits.test):
         check_fit(metric, part)
-    messages = [*source.messages, *splits.search.messages, *_metric_words(metric, splits)]
+    messages = [*source.messages, *splits.search.messages, *_metric_words(metric, splits, request.budget)]
     messages += _parity_words(source, splits)
     if source.quantized:
         messages.append(f"not quantized again: {source.quantized}")
@@ -472,10 +474,16 @@ def _find_metric(request: CompileRequest, source: SourceModel, splits: Splits) -
     )
 
 
-def _metric_words(metric: Metric, splits: Splits) -> list[str]:
+def _metric_words(metric: Metric, splits: Splits, budget: AccuracyBudget) -> list[str]:
     words = [splits.describe()]
     if splits.search.labels is None:
         words.append(f"no labels: judged by {metric.name} with the float model, not by true accuracy")
+    if metric.name == "sqnr":
+        kept = SQNR_CEILING_DB - budget.max_drop
+        words.append(
+            f"sqnr counts down from {SQNR_CEILING_DB:g} dB, which equal outputs score: --max-drop "
+            f"{budget.max_drop:g} asks for {kept:g} dB; INT8 models usually reach 20 to 40"
+        )
     return words
 
 
@@ -508,6 +516,14 @@ def _check_reference(
             f"{metric.name} of the float model is 0 on the {title} part, so a relative drop means nothing; check "
             "labels and preprocessing, or use --drop-type absolute"
         )
+    # With a metric that counts up from 0, a float model that has nothing to lose lets everything pass.
+    counts_up = metric.higher_is_better and metric.unit == "share" and metric.needs_labels
+    if counts_up and budget.drop_type is DropType.ABSOLUTE and scores.value <= budget.max_drop:
+        raise MetricError(
+            f"{metric.name} of the float model is {scores.value:.4g} on the {title} part, no more than the drop that "
+            f"is allowed ({budget.max_drop:g}): any model would pass; check labels (--label-offset), preprocessing "
+            "and, for boxes, the decoding"
+        )
 
 
 def _store(request: CompileRequest, source: SourceModel, splits: Splits) -> Store:
@@ -518,7 +534,8 @@ def _store(request: CompileRequest, source: SourceModel, splits: Splits) -> Stor
     }
     host = fingerprint()  # times are this machine's
     parts = [_content(part) for part in (splits.calibration, splits.search)]
-    return Store.open(source.sha256, parts, facts, host.versions, host.cpu)
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "")  # kernels, and with them times and INT8 sums, hang on it
+    return Store.open(source.sha256, parts, facts, host.versions, host.cpu, cap)
 
 
 def _content(data: Dataset) -> str:
@@ -609,7 +626,14 @@ def _choose_for(
     test = TestPart(data=splits.test, reference=material.test_reference)
     with material.forecast.stage("choose"):
         is_late = options.deadline is not None and time.monotonic() > options.deadline + _HURRY_S
-        choice = choose(judge, yardstick, found, test, say=say, is_late=is_late)
+        try:
+            choice = choose(judge, yardstick, found, test, say=say, is_late=is_late or found.is_interrupted)
+        except KeyboardInterrupt:
+            if found.is_interrupted:  # for the second time
+                raise
+            say("interrupted: choosing among the candidates as they are; once more ends without a bundle")
+            found = replace(found, is_interrupted=True)
+            choice = choose(judge, yardstick, found, test, say=say, is_late=True)
     return replace(choice, interrupted=found.is_interrupted)
 
 

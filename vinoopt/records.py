@@ -297,10 +297,13 @@ class PruningGroup(Record):
 
 
 class GroupWidth(Record):
-    """The units of one group that stay."""
+    """The units of one group that stay, or what stands for the branch that it belongs to."""
 
     group: str
     kept: tuple[int, ...]
+    stand_in: int = Field(default=0, ge=0)
+    """Where none stay: the window of the one layer that is fitted to the residual branch and takes its place (1 for
+    a matrix product too); 0: the branch gives its mean."""
 
 
 class QuantizationPlan(Record):

@@ -119,5 +119,5 @@ def announce(forecast: Forecast, facts: Facts, *, targets: int) -> None:
     if targets > 1:
         forecast.expect("further targets", (targets - 1) * sum(stages.values()), is_cut=False)
     if facts.is_tuned:
-        forecast.expect("tune", 1.6 * TUNING_S)
+        forecast.expect("tune", 1.6 * TUNING_S, is_cut=False)
     forecast.expect("write", _WRITING_S + 2 * facts.overhead_s, is_cut=False)

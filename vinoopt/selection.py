@@ -11,7 +11,7 @@ import openvino as ov
 from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, Scores, paired_drop, score, sentence
-from vinoopt.compression.judge import Judge
+from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge, first_line
 from vinoopt.compression.search import SearchResult
 from vinoopt.errors import ToolchainRefused
 from vinoopt.records import (
@@ -155,12 +155,16 @@ class _Selection:
         self.say(f"the {len(front)} fastest candidates side by side")
         kind = self.yardstick.spec.kind
         names = {f"#{t.number}": t for t in front}
-        bench = self.yardstick.compare(
-            {
-                name: (t.plan, self.judge.workshop.build(t.plan), runtime_properties(t.plan, kind))
-                for name, t in names.items()
-            }
-        )
+        try:
+            bench = self.yardstick.compare(
+                {
+                    name: (t.plan, self.judge.workshop.build(t.plan), runtime_properties(t.plan, kind))
+                    for name, t in names.items()
+                }
+            )
+        except CANDIDATE_ERRORS as exc:
+            self.reasons.append(f"the fastest candidates could not be timed again side by side: {first_line(exc)}")
+            return candidates
         order = sorted(bench.measurements, key=lambda m: m.latency_p50_ms)
         return [names[m.name] for m in order] + rest
 
@@ -172,7 +176,11 @@ class _Selection:
             if trial.plan == self.float_plan:
                 break
             self.say(f"{trial.plan.title} on the test part")
-            drop = self.drop_of(trial.plan)
+            try:
+                drop = self.drop_of(trial.plan)
+            except CANDIDATE_ERRORS as exc:
+                self.reasons.append(f"{trial.plan.title} was passed over: {first_line(exc)}")
+                continue
             if drop.verdict is not Verdict.OUTSIDE:
                 if self.is_refused(trial.plan):
                     continue
@@ -199,7 +207,7 @@ class _Selection:
                 self._refused[key] = False
             except ToolchainRefused as exc:
                 self._refused[key] = True
-                self.reasons.append(f"{plan.title} was passed over: {str(exc).splitlines()[0]}")
+                self.reasons.append(f"{plan.title} was passed over: {first_line(exc)}")
         return self._refused[key]
 
     def drop_of(self, plan: CompressionPlan) -> Drop:
@@ -261,7 +269,12 @@ class _Selection:
         return mine is not None and its is not None and mine < _SMALLER * its
 
     def _is_inside(self, plan: CompressionPlan) -> bool:
-        return plan == self.float_plan or self.drop_of(plan).verdict is not Verdict.OUTSIDE
+        if plan == self.float_plan:
+            return True
+        try:
+            return self.drop_of(plan).verdict is not Verdict.OUTSIDE
+        except CANDIDATE_ERRORS:
+            return False
 
     def is_float_by_right(self) -> bool:
         """Whether the float model won for another reason than that all compressed ones were over budget.

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from vinoopt.compression.widths import size_of
+
 _MOST_PROBES = 4
 """In one step; then the best of what was measured is taken."""
 _AS_CHEAP = 1.05
@@ -27,7 +29,7 @@ class Place:
     """One point of the path."""
 
     widths: Mapping[str, int]
-    """Units kept, of the groups that have lost some."""
+    """Units kept, of the groups that have lost some; see `widths.size_of` for what is below them."""
     floats: frozenset[str]
     """Blocks that compute in float."""
     damage: float
@@ -56,8 +58,8 @@ class Ground:
 @dataclass(frozen=True, slots=True)
 class _Move:
     group: str
-    width: int
-    """-1: the block named `group` goes to INT8."""
+    width: int | None
+    """None: the block named `group` goes to INT8."""
 
 
 class Descent:
@@ -98,7 +100,7 @@ class Descent:
         measured: dict[_Move, float] = {}
         while gains and not self._is_late():
             prices = {move: self._delta(here, move, measured) / gain for move, gain in gains.items()}
-            known = {move: price for move, price in prices.items() if move in measured or move.width < 0}
+            known = {move: price for move, price in prices.items() if move in measured or move.width is None}
             best = min(prices, key=prices.__getitem__)
             if known and (min(known.values()) <= _AS_CHEAP * prices[best] or len(measured) >= _MOST_PROBES):
                 return self._go(here, min(known, key=known.__getitem__), measured)
@@ -114,14 +116,14 @@ class Descent:
     def _moves(self, here: Place) -> Iterator[_Move]:
         for group, damages in self._ground.damages.items():
             current = here.widths.get(group, self._ground.units[group])
-            yield from (_Move(group, width) for width in damages if width < current)
-        yield from (_Move(name, -1) for name in here.floats & self._ground.block_damages.keys())
+            yield from (_Move(group, width) for width in damages if size_of(width) < size_of(current))
+        yield from (_Move(name, None) for name in here.floats & self._ground.block_damages.keys())
 
     def _gain(self, here: Place, move: _Move) -> float:
         return here.time_us - self._predict(self._widths(here, move), self._floats(here, move))
 
     def _delta(self, here: Place, move: _Move, measured: Mapping[_Move, float]) -> float:
-        if move.width < 0:
+        if move.width is None:
             return max(self._ground.block_damages[move.group], _TINY)
         alone = self._alone(here, move)
         factor = measured[move] / alone if move in measured else self._factors[move.group]
@@ -130,6 +132,8 @@ class Descent:
     def _alone(self, here: Place, move: _Move, table: Mapping[str, Mapping[int, float]] | None = None) -> float:
         damages = (table or self._ground.damages)[move.group]
         current = here.widths.get(move.group)
+        if move.width is None:
+            raise ValueError("a block has no width")
         return max(damages[move.width] - (0.0 if current is None else damages[current]), _TINY)
 
     def _learn(self, here: Place, move: _Move, damage: float, measured: dict[_Move, float]) -> None:
@@ -139,7 +143,7 @@ class Descent:
     def _go(self, here: Place, move: _Move, measured: Mapping[_Move, float]) -> Place:
         delta = self._delta(here, move, measured)
         widths, floats = self._widths(here, move), self._floats(here, move)
-        if move.width >= 0:
+        if move.width is not None:
             self._probed += measured.get(move, 0.0)
         place = Place(
             widths=MappingProxyType(widths),
@@ -152,8 +156,8 @@ class Descent:
 
     @staticmethod
     def _widths(here: Place, move: _Move) -> dict[str, int]:
-        return {**here.widths, move.group: move.width} if move.width >= 0 else dict(here.widths)
+        return dict(here.widths) if move.width is None else {**here.widths, move.group: move.width}
 
     @staticmethod
     def _floats(here: Place, move: _Move) -> frozenset[str]:
-        return here.floats - {move.group} if move.width < 0 else here.floats
+        return here.floats - {move.group} if move.width is None else here.floats

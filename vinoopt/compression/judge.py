@@ -41,6 +41,10 @@ PROBE_SAMPLES = (8, 16, 32, 64, 128)
 """Held-back samples that a damage probe may run: enough for a KL or a relative error to rank."""
 PROBE_MS = 400.0
 """What the slowest model may take for them."""
+_AS_FAST = 1.02
+"""Times taken at different moments of a search are not told apart below this ratio."""
+OF_VALUES = frozenset({"cosine", "pooled_cosine", "sqnr", "mse"})
+"""Metrics that take outputs for what they are, not for class scores: so do damages then."""
 
 CANDIDATE_ERRORS = (CompressionError, DeviceError, PlanError, ToolchainError, MetricError)
 """What may go wrong with one candidate without ending the search; a bug in this package ends it."""
@@ -219,7 +223,7 @@ class Judge:
         """Whether a trial that was not judged because something else was faster has to be judged now."""
         if known.state is not TrialState.SLOWER or known.latency is None:
             return False
-        return beat_ms is None or known.latency.latency_p50_ms < beat_ms
+        return beat_ms is None or known.latency.latency_p50_ms < _AS_FAST * beat_ms
 
     def _run_if_faster(self, plan: CompressionPlan, note: str, beat_ms: float) -> Trial:
         trial = self._new_trial(plan, note)
@@ -227,9 +231,9 @@ class Judge:
         try:
             model = self.workshop.build(plan)
         except CANDIDATE_ERRORS as exc:
-            return serde.replace(trial, error=_first_line(exc), seconds=time.monotonic() - started)
+            return serde.replace(trial, error=first_line(exc), seconds=time.monotonic() - started)
         timed = self._timed([(serde.replace(trial, state=TrialState.SLOWER), model)])[0]
-        if timed.latency is None or timed.latency.latency_p50_ms >= beat_ms:
+        if timed.latency is None or timed.latency.latency_p50_ms >= _AS_FAST * beat_ms:
             return timed
         judged, _ = self._run(plan, note)
         return serde.replace(judged, latency=timed.latency, seconds=judged.seconds + timed.seconds)
@@ -241,7 +245,7 @@ class Judge:
         except CANDIDATE_ERRORS as exc:
             if len(candidates) > 1:  # one that the target refuses must not take the others with it
                 return [trial for candidate in candidates for trial in self._timed([candidate])]
-            return [serde.replace(t, state=TrialState.FAILED, error=_first_line(exc)) for t, _ in candidates]
+            return [serde.replace(t, state=TrialState.FAILED, error=first_line(exc)) for t, _ in candidates]
         spent = (time.monotonic() - started) / max(len(candidates), 1)
         self.spent.timing_s = min(spent, self.spent.timing_s)
         return [
@@ -283,7 +287,7 @@ class Judge:
                 self.metric, self.reference_scores, scores, budget=self.budget, seed=self.seed
             )
         except CANDIDATE_ERRORS as exc:
-            return serde.replace(trial, error=_first_line(exc), seconds=time.monotonic() - started), None
+            return serde.replace(trial, error=first_line(exc), seconds=time.monotonic() - started), None
         self.spent.accuracy_s = time.monotonic() - built
         expected = expected_drop(self.metric, self.reference_scores, scores, drop)
         judged = serde.replace(
@@ -302,15 +306,16 @@ class Judge:
     ) -> float:
         """Divergence of a model from the float reference on a few samples of the search part; kept by plan.
 
-        `is_shared` says that it is the same for every target; `kind` tells apart models made in different ways
-        from one plan.
+        Targets that quantize and compute alike share it. `is_shared` says that it is the same for every target;
+        `kind` tells apart models made in different ways from one plan.
         """
-        where = "" if is_shared else self._place
+        where = "" if is_shared else f"{self.workshop.device} {self.yardstick.arithmetic}"
 
         def probe() -> float:
             started = time.monotonic()
             reference = [self.reference[i] for i in range(len(sample))]
-            found = divergence(reference, list(self.yardstick.predict(plan, make(), sample)))
+            outputs = list(self.yardstick.predict(plan, make(), sample))
+            found = divergence(reference, outputs, are_scores=self.metric.name not in OF_VALUES)
             self.spent.probe_s = time.monotonic() - started
             return found
 
@@ -370,7 +375,8 @@ def _identity(metric: Metric) -> str:
     return digest(re.sub(r" at 0x[0-9a-fA-F]+", "", text), code)
 
 
-def _first_line(exc: Exception) -> str:
+def first_line(exc: Exception) -> str:
+    """What an error says in one line; its kind where it says nothing."""
     return (str(exc).splitlines() or [type(exc).__name__])[0]
 
 

@@ -47,6 +47,8 @@ _HELD_BACK = 8
 """Every so many-th sample is held back. It never enters a fit: layers behind would judge themselves by inputs that
 the layers before have already been fitted to, and choose too weak a ridge."""
 _SAMPLES_PER_CALL = 16
+_MOST_SQUARES = 6144**2
+"""Entries of a layer's second moment beyond which only `refit_local` takes part, whose rows are bounded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +139,8 @@ def refit_local(
     whole, small = index_contractions(original), index_contractions(result)
     for cut in pruned.consumers:
         source, layer = whole[cut.name], small[cut.name]
+        if _is_shared(layer):  # what is best for one reader is not for the other
+            continue
         full, moments = weight_matrix(source), statistics[cut.name]
         matrix, shift = [], []
         for group, (columns, rows) in enumerate(_places(source, cut)):
@@ -189,7 +193,7 @@ def refit_sequential(
     walk = _Walk(original, result, names, (samples, settings))
     for done, layer in enumerate(walk.layers(), start=1):
         with threads_for(layer.columns):
-            fit = _best_fit(*walk.paired_sums(layer, kept_rows[layer.name]), settings.ridge)
+            fit = best_fit(*walk.paired_sums(layer, kept_rows[layer.name]), settings.ridge)
         if fit is not None:
             change, shift = fit
             for contraction in (layer, targets[layer.name]):
@@ -204,17 +208,18 @@ def refit_sequential(
 def _refittable(
     original: ov.Model, pruned: PrunedModel, targets: Mapping[str, Contraction], settings: RefitSettings
 ) -> list[str]:
-    """Layers that have lost columns, and those behind the first change whose weights are theirs alone."""
-    narrower = [cut.name for cut in pruned.consumers]
-    if not settings.behind:
-        return narrower
+    """Layers that have lost columns, and those behind the first change; none that shares its weights."""
+    narrower = {cut.name for cut in pruned.consumers}
     changed = {*narrower, *(cut.name for cut in pruned.producers)}
     order = list(index_contractions(original))
     first = next((place for place, name in enumerate(order) if name in changed or name not in targets), len(order))
-    behind = [name for name in order[first:] if name in targets]
+    behind = [name for name in order[first:] if name in targets and (settings.behind or name in narrower)]
     return [
-        name for name in behind
-        if name in narrower or (name not in settings.ignored and not _is_shared(targets[name]))
+        name
+        for name in behind
+        if not _is_shared(targets[name])
+        and targets[name].groups * targets[name].columns ** 2 <= _MOST_SQUARES
+        and (name in narrower or name not in settings.ignored)
     ]
 
 
@@ -222,14 +227,14 @@ def _is_shared(layer: Contraction) -> bool:
     return len(layer.node.input_value(layer.weight_port).get_target_inputs()) > 1
 
 
-def _best_fit(fitted: PairedSums, held_back: PairedSums, ridge: float | None) -> tuple[Matrix, Matrix] | None:
+def best_fit(fitted: PairedSums, held: PairedSums, ridge: float | None) -> tuple[Matrix, Matrix] | None:
     """The change that lowers the error on held-back rows most; None where none lowers it."""
-    if not fitted.rows or not held_back.rows:
+    if not fitted.rows or not held.rows:
         return None
-    best, least = None, held_back.ee / held_back.rows
+    best, least = None, held.ee / held.rows
     for candidate in (np.inf, *(RIDGES if ridge is None else (ridge,))):
         change = fitted.solve(candidate)
-        error = held_back.error(*change)
+        error = held.error(*change)
         if error < least:
             best, least = change, error
     return best
@@ -324,7 +329,7 @@ class _Walk:
                 error = error - bias.astype(error.dtype)
             error = error.reshape(len(error), layer.groups, layer.outputs).transpose(1, 0, 2)
             error = error - x @ weights.astype(x.dtype)
-            is_held = np.repeat(_held_back(len(positions), start), positions.shape[1])
+            is_held = np.repeat(held_back(len(positions), start), positions.shape[1])
             for sums, chosen in zip(both, (~is_held, is_held), strict=True):
                 sums.add(x[:, chosen], error[:, chosen])
             start += len(positions)
@@ -339,7 +344,7 @@ class _Walk:
             means = [reader.channel_means(tensor) for tensor in (aim, value)]
             errors.append((means[0] if kept_rows is None else means[0][:, kept_rows]) - means[1])
         every = np.concatenate(errors)
-        is_held = _held_back(len(every))
+        is_held = held_back(len(every))
         if is_held.all() or not is_held.any():
             return None
         fitted, held = every[~is_held].mean(axis=0), every[is_held].mean(axis=0)
@@ -370,7 +375,7 @@ def _even_size(count: int) -> int:
     return divisor if 2 * divisor >= _SAMPLES_PER_CALL else _SAMPLES_PER_CALL
 
 
-def _held_back(count: int, start: int = 0) -> NDArray[np.bool_]:
+def held_back(count: int, start: int = 0) -> NDArray[np.bool_]:
     """Which of `count` samples, the first of them number `start`, are held back."""
     is_held: NDArray[np.bool_] = (start + np.arange(count)) % _HELD_BACK == _HELD_BACK - 1
     return is_held

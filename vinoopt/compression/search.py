@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from vinoopt import serde
 from vinoopt.alarm import TimeIsUp, until
-from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
+from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge, first_line
 from vinoopt.compression.options import ROUNDS as ROUNDS
 from vinoopt.compression.options import SearchOptions as SearchOptions
 from vinoopt.compression.precision_search import latency_of, search_precisions
@@ -171,7 +171,7 @@ class _Run:
         try:
             self._widths(min(inside, key=latency_of).plan)
         except CANDIDATE_ERRORS as exc:
-            self.reasons.append(f"pruning was left out: {str(exc).splitlines()[0]}")
+            self.reasons.append(f"pruning was left out: {first_line(exc)}")
 
     def _widths(self, ground: CompressionPlan) -> None:
         workshop = self.judge.workshop

@@ -21,24 +21,32 @@ Outputs = Mapping[str, npt.NDArray[np.generic]]
 _EPSILON = 1e-12
 
 
-def divergence(reference: Sequence[Outputs], candidate: Sequence[Outputs]) -> float:
+def divergence(
+    reference: Sequence[Outputs], candidate: Sequence[Outputs], *, are_scores: bool = True
+) -> float:
     """Mean damage of the candidate's outputs, 0 for equal ones; both are one mapping per model call.
 
     A classifier's output ([B, C], or that with trailing dimensions of 1) is compared by the KL divergence of
-    its softmax from the float model's, in nats. Any other output by its mean squared error divided by the
-    float model's variance, taken per channel, where the channels are the shortest dimension behind the batch:
-    so the few class scores of a detector count as much as its large box coordinates. Outputs are averaged.
-    Values that are not finite are infinite damage where the float model's are others.
+    its softmax from the float model's, in nats. Any other output, and with `are_scores` false every one, by its
+    mean squared error divided by the float model's variance, taken per channel, where the channels are the
+    shortest dimension behind the batch: so the few class scores of a detector count as much as its large box
+    coordinates. Outputs are averaged. Values that are not finite are infinite damage where the float model's are
+    others.
     """
     damages = [
-        _output_divergence([call[name] for call in reference], [call[name] for call in candidate])
+        _output_divergence(
+            [call[name] for call in reference], [call[name] for call in candidate], are_scores=are_scores
+        )
         for name in reference[0]
     ]
     return float(np.mean(damages))
 
 
 def _output_divergence(
-    reference: Sequence[npt.NDArray[np.generic]], candidate: Sequence[npt.NDArray[np.generic]]
+    reference: Sequence[npt.NDArray[np.generic]],
+    candidate: Sequence[npt.NDArray[np.generic]],
+    *,
+    are_scores: bool,
 ) -> float:
     if any(r.shape != c.shape for r, c in zip(reference, candidate, strict=True)):
         return float("inf")
@@ -46,7 +54,7 @@ def _output_divergence(
     reference, candidate = [r for r, _ in pairs], [c for _, c in pairs]
     if any(not np.isfinite(values).all() for values in (*reference, *candidate)):
         return float("inf")
-    if is_classifier_shape(reference[0].shape):
+    if are_scores and is_classifier_shape(reference[0].shape):
         return _kl_divergence(_scores(reference), _scores(candidate))
     if len({r.shape for r in reference}) > 1:  # dynamic outputs: each call on its own
         values = [_relative_error(r[None], c[None]) for r, c in zip(reference, candidate, strict=True)]

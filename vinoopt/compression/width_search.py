@@ -14,7 +14,7 @@ from vinoopt import serde
 from vinoopt.compression.clock import Clock, TimedWidths, two_colours
 from vinoopt.compression.depth import lightest_subsets
 from vinoopt.compression.descent import Descent, Ground, Place
-from vinoopt.compression.judge import Judge
+from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import (
     PruningKit,
@@ -30,6 +30,8 @@ _RATIOS = (0.25, 0.5)
 """Shares of channels removed at which blocks are timed."""
 _LEAST_GAIN = 0.02
 """Candidates that differ by less than this share of the predicted time are not both judged."""
+_RESERVES = {False: (0.5,), True: (0.65, 0.35)}
+"""Whether the search is thorough -> shares of the best candidate's damage at which milder ones are judged."""
 _SHALLOWER = 2
 """Plans that let branches go, for each share of time that is asked for."""
 _REFITTED = {False: 2, True: 5}
@@ -85,8 +87,17 @@ class WidthSearch:
         self.offers = {
             group.name: offers
             for group in kit.coupling.groups
-            if (offers := offered_widths(group, multiple=multiple, max_pruning=max_pruning))
+            if (
+                offers := offered_widths(
+                    group,
+                    multiple=multiple,
+                    max_pruning=max_pruning,
+                    kernels=kit.branches[group.name].kernels if group.name in kit.branches else (),
+                )
+            )
         }
+        self.stand_in_us: Mapping[tuple[str, int], float] = {}
+        """(group, kernel) -> time of the layer that stands for its branch."""
 
     def run(self, tables: BlockTables) -> list[str]:
         """Judge candidates; gives sentences for the report."""
@@ -104,7 +115,7 @@ class WidthSearch:
         self.free = self._free_blocks(tables)
 
         def predict(widths: Mapping[str, int], floats: frozenset[str]) -> float:
-            return clock.at(widths) + sum(max(tables.gains_us.get(name, 0.0), 0.0) for name in floats)
+            return self._time_us(clock, widths) + sum(max(tables.gains_us.get(name, 0.0), 0.0) for name in floats)
 
         path = Descent(
             Ground(
@@ -124,7 +135,33 @@ class WidthSearch:
         first = self._reach(path, damage=0.0, below_us=self.ground_us * (1 - 2 * _LEAST_GAIN))
         if first is None:
             return [f"no narrower group is predicted to save time on {self.judge.yardstick.target}"]
-        return [self._conclusion(self._follow(path, first, self.ground_us))]
+        best = self._follow(path, first, self.ground_us)
+        if best is not None:
+            self._reserves(path, best)
+        return [self._conclusion(best)]
+
+    def _reserves(self, path: Descent, best: Trial) -> None:
+        """Judge milder places before the best one: the test part may refuse what the search part let pass."""
+        limit = self.judge.budget.max_drop
+        if best.drop_high is not None and best.drop_high <= limit:
+            return
+        reached = next((place for place in path.places if self._plan(place) == best.plan), None)
+        if reached is None:
+            return
+        step = _LEAST_GAIN * self.ground_us
+        last = reached
+        for share in _RESERVES[self.is_thorough]:
+            milder = [
+                place
+                for place in path.places
+                if place.damage <= share * reached.damage
+                and last.time_us + step < place.time_us < self.ground_us - step
+            ]
+            if not milder or self._is_late():
+                return
+            last = min(milder, key=lambda place: place.time_us)
+            if not self.judge.knows(self._plan(last)):
+                self._judged(last)
 
     def _follow(self, path: Descent, first: int, ground_us: float) -> Trial | None:
         """The fastest candidate inside the budget along the path, whose reach doubles until it has left it.
@@ -187,20 +224,52 @@ class WidthSearch:
         return tuple(dict.fromkeys(plans))
 
     def _shallower(self, share: float) -> list[dict[str, int]]:
-        """Widths of 0 for branches whose damages, of each alone, are the least that save so much."""
-        damages = {
-            name: known[0] * self.lasting.get(name, {}).get(0, 1.0)
-            for name, known in self.damages.items()
-            if math.isfinite(known.get(0, math.inf))
-        }
-        if self.clock is None:
+        """Branches that go or are stood for, whose damages, of each alone, are the least that save so much."""
+        clock = self.clock
+        if clock is None:
             return []
-        whole = self.clock.at({})
-        savings = {name: whole - self.clock.at({name: 0}) for name in damages}
+        damages = {
+            (name, width): damage * self.lasting.get(name, {}).get(width, 1.0)
+            for name, known in self.damages.items()
+            for width, damage in known.items()
+            if width <= 0 and math.isfinite(damage)
+        }
+        whole = self._time_us(clock, {})
+        savings = {(name, width): whole - self._time_us(clock, {name: width}) for name, width in damages}
+        damages = {item: damage for item, damage in damages.items() if math.isfinite(savings[item])}
         need = (1.0 - share) * self.ground_us
-        return [dict.fromkeys(names, 0) for names in lightest_subsets(damages, savings, need, count=_SHALLOWER)]
+        return [dict(chosen) for chosen in lightest_subsets(damages, savings, need, count=_SHALLOWER)]
 
     # ------------------------------------------------------------------ tables
+
+    def _time_us(self, clock: Clock, widths: Mapping[str, int]) -> float:
+        """Of all blocks, the layers that stand for branches included."""
+        plain: dict[str, int] = {}
+        stand_ins_us = 0.0
+        for name, width in widths.items():
+            if width < 0:
+                plain |= dict.fromkeys(self.kit.branches[name].inner, 0)
+                stand_ins_us += self.stand_in_us[name, -width]
+            else:
+                plain.setdefault(name, width)
+        return clock.at(plain) + stand_ins_us
+
+    def _time_stand_ins(self, blocks: Sequence[str], overhead_us: float) -> None:
+        """From models in which every branch has its largest stand-in, then its next smaller one, and so on."""
+        timed: dict[tuple[str, int], float] = {}
+        offered = {name: b.kernels for name, b in self.kit.branches.items() if name in self.offers}
+        for number in range(max(map(len, offered.values()), default=0)):
+            self.say("time of the layers that could stand for branches")
+            kernels = {name: each[number] for name, each in offered.items() if number < len(each)}
+            kept = {name: -kernel for name, kernel in kernels.items()}
+            plan = serde.replace(self.ground, widths=self.kit.widths(kept))
+            try:
+                times = self.judge.block_times(plan, partial(self._timed_model, plan), blocks, kind="rough")
+            except CANDIDATE_ERRORS:
+                times = {}
+            for name, kernel in kernels.items():
+                timed[name, kernel] = times.get(self.kit.branches[name].end, math.inf) + overhead_us
+        self.stand_in_us = timed
 
     def _clock(self) -> Clock:
         """From models in which groups of one colour, or all, have lost a share of their channels."""
@@ -220,7 +289,9 @@ class WidthSearch:
         latency = next((t.latency for t in self.judge.trials if t.plan == self.ground), None)
         in_kernels = sum(whole.times_us.values())
         beyond = 0.0 if latency is None else max(latency.latency_p50_ms * 1e3 - in_kernels, 0.0)
-        return Clock(self.kit.coupling, timed, colours, overhead_us=beyond / max(len(blocks), 1))
+        overhead_us = beyond / max(len(blocks), 1)
+        self._time_stand_ins(blocks, overhead_us)
+        return Clock(self.kit.coupling, timed, colours, overhead_us=overhead_us)
 
     def _timed(self, cut: frozenset[str], ratio: float, blocks: Sequence[str]) -> TimedWidths:
         kept = {
@@ -249,7 +320,7 @@ class WidthSearch:
     def _lasting_shares(self) -> Mapping[str, Mapping[int, float]]:
         """What layers behind a cut cannot make up for, of whole branches that go and of narrower groups."""
         count = _REFITTED[self.is_thorough]
-        self.say(f"what a refit of the layers behind makes up for, at {2 * count} cuts")
+        self.say(f"what a refit of the layers behind makes up for, at up to {3 * count} cuts")
         ends_at = time.monotonic() + _REFITTED_S
         order = [group.name for group in self.kit.coupling.groups if group.name in self.damages]
 
@@ -260,10 +331,22 @@ class WidthSearch:
             names = [name for name in order if name in widths]
             return lasting_shares(names, lambda n: self._lasting(n, widths[n]), count=count, is_late=is_late)
 
-        gone = shares({name: 0 for name in order if math.isfinite(self.damages[name].get(0, math.inf))})
-        narrow = shares({name: middle_width(list(self.damages[name])) for name in order})
+        def finite(name: str, widths: Sequence[int]) -> int | None:
+            return next((w for w in widths if math.isfinite(self.damages[name].get(w, math.inf))), None)
+
+        kinds = (
+            {name: finite(name, sorted(w for w in self.damages[name] if w < 0)) for name in order},
+            {name: finite(name, [0]) for name in order},
+            {name: finite(name, [middle_width([w for w in self.damages[name] if w > 0] or [0])]) for name in order},
+        )
+        stood_for, gone, narrow = (
+            shares({name: width for name, width in each.items() if width is not None}) for each in kinds
+        )
         return {
-            name: {width: (narrow if width else gone).get(name, 1.0) for width in self.damages[name]}
+            name: {
+                width: (narrow if width > 0 else stood_for if width else gone).get(name, 1.0)
+                for width in self.damages[name]
+            }
             for name in order
         }
 
@@ -298,9 +381,13 @@ class WidthSearch:
         return plan
 
     def _words(self, plan: CompressionPlan) -> str:
-        units = sum(self.kit.coupling.group(w.group).units for w in plan.widths)
-        kept = sum(len(w.kept) for w in plan.widths)
-        return f"{units - kept} of {units} channels removed from {len(plan.widths)} groups"
+        stood_for = [w for w in plan.widths if w.stand_in]
+        narrower = [w for w in plan.widths if not w.stand_in]
+        units = sum(self.kit.coupling.group(w.group).units for w in narrower)
+        kept = sum(len(w.kept) for w in narrower)
+        words = [f"{units - kept} of {units} channels removed from {len(narrower)} groups"] if narrower else []
+        words += [f"one layer in place of each of {len(stood_for)} branches"] if stood_for else []
+        return ", ".join(words)
 
     def _conclusion(self, best: Trial | None) -> str:
         ground = next((t for t in self.judge.trials if t.plan == self.ground and t.latency is not None), None)
