@@ -56,9 +56,7 @@ def test_missing_is_what_has_no_toolchain():
 def told(routes: tuple[Availability, ...]) -> list[str]:
     """What doctor says of an NPU with these routes."""
     first = next((each for each in routes if each.ok), routes[0])
-    reach = Reach(
-        kind=Device.NPU, what="platform 4000", profiles=("p",), availability=first, routes=routes
-    )
+    reach = Reach(kind=Device.NPU, what="platform 4000", profiles=("p",), availability=first, routes=routes)
     return [line.strip() for line in reach_lines(reach)][1:]
 
 

@@ -25,6 +25,7 @@ def answer(request):
         os.abort()
     if request.get("refuse"):
         raise ToolchainRefused("no such operator")
+    held = bytearray(b"x") * request.get("bytes", 0)
     time.sleep(request.get("sleep", 0))
     return {"pid": os.getpid(), "twice": 2 * request.get("x", 0), "flag": os.environ.get("FLAG")}
 if __name__ == "__main__":
@@ -88,6 +89,14 @@ def test_child_that_fails_is_ended_and_replaced(
         stay(worker, request=request_, timeout_s=limit_s)
     assert has_gone(before)
     assert stay(worker, request={"x": 5}, timeout_s=60).values["twice"] == 10
+
+
+def test_child_that_takes_too_much_memory_is_ended(stay: StandingChildren, worker: list[str]) -> None:
+    before = stay(worker, request={}, timeout_s=60).values["pid"]
+    greedy = {"bytes": 400 << 20, "sleep": 60}
+    with pytest.raises(ToolchainCrashed, match="above its memory limit of 300 MiB"):
+        stay(worker, request=greedy, timeout_s=50, memory_limit_bytes=300 << 20)
+    assert has_gone(before)
 
 
 def test_child_is_replaced_after_so_many_answers(
