@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import openvino as ov
 import torch
 
 from vinoopt.distillation.augment import Augment
@@ -39,6 +40,9 @@ _REPORTS, _FIRST_LOOK = 20, 10
 """In a whole run, at even distances; and the first that looks at the held-back inputs, as none is best before."""
 _LEAST_BETTER, _TINY_LOSS = 1e-4, 1e-7
 """Of the best loss, and absolute: what a new best must be below it by. Less is the rounding of sums."""
+_HALF_NOISE = 0.01
+"""Of the student's loss, what a teacher in bfloat16 may be away from itself: it takes half the time where the CPU
+has such arithmetic, and its rounding is not what is to be learned."""
 _CHECKPOINT_S = 60.0
 TIME_LIMIT = "time limit"
 
@@ -149,6 +153,7 @@ class Training:
     _spent: float = 0.0
     _looking: float = 0.0
     _started: float = 0.0
+    _halves: bool = False
 
     def run(self) -> Outcome:
         """Train until done, too late, or no better; leaves the best state in the student.
@@ -182,6 +187,7 @@ class Training:
             self._look()
             self._first_loss = self._held_loss
             self._report()
+        self._halves = self._may_halve()
 
     def _run(self) -> Outcome:
         steps = self.settings.steps
@@ -221,6 +227,24 @@ class Training:
             looking_s=self._looking,
             reason=reason,
         )
+
+    def _may_halve(self) -> bool:
+        """Whether the teacher is asked in bfloat16."""
+        if self._device.type != "cpu" or "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            return False
+        keys = self.material.teacher_keys[: len(self.material.loss.outputs)]
+        try:
+            halved = [self._asked(chunk, keys, halves=True) for chunk in self._held_chunks()[:1]]
+        except DistillationError:  # an operator that PyTorch lacks in this type
+            return False
+        noise = float(self.material.loss.of_outputs(halved[0], self._held_targets[0]))
+        return noise < _HALF_NOISE * self._first_loss
+
+    def _asked(self, inputs: Batch, keys: Sequence[Key], *, halves: bool = False) -> list[Any]:
+        """The teacher's values."""
+        with torch.no_grad(), torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=halves):
+            values = self.teacher(inputs, keys)
+        return [value.float() if halves and value.is_floating_point() else value for value in values]
 
     def _share(self) -> float:
         """How much of the run is over, by its steps or by its time."""
@@ -268,8 +292,7 @@ class Training:
         if material.augment is not None:
             inputs = material.augment(inputs, self._generator)
         count = None if inner_weight else len(material.loss.outputs)
-        with torch.no_grad():
-            target = self.teacher(inputs, material.teacher_keys[:count])
+        target = self._asked(inputs, material.teacher_keys[:count], halves=self._halves)
         values = self.student(inputs, material.student_keys[:count])
         loss = material.loss(values, target, inner_weight=inner_weight)
         if labels is None:
@@ -305,8 +328,7 @@ class Training:
 
     def _targets(self) -> list[list[Any]]:
         keys = self.material.teacher_keys[: len(self.material.loss.outputs)]
-        with torch.no_grad():
-            return [self.teacher(chunk, keys) for chunk in self._held_chunks()]
+        return [self._asked(chunk, keys) for chunk in self._held_chunks()]
 
     def _look(self) -> None:
         """Loss and agreement on the held-back inputs now; keeps the state where it is the best so far."""
