@@ -1,15 +1,15 @@
 """Time and peak memory of `vinoopt.compile` itself, stage by stage, as models and calibration data grow.
 
     python scripts/bench_compile.py --output compile.jsonl
-    python scripts/bench_compile.py --quick --effort fast
+    python scripts/bench_compile.py --quick --effort fast --device GPU
 
 Residual networks with random weights are generated at several depths, widths and calibration sample counts, one of
-the three growing at a time, and compiled for this machine's CPU with no labels and an empty cache. Every run has a
-process of its own, so that its peak memory is its own. Stages are those of the events that `compile` sends; the
+the three growing at a time, and compiled for a device of this machine with no labels and an empty cache. Every run
+has a process of its own, so that its peak memory is its own. Stages are those of the events that `compile` sends; the
 search is cut after its last trial, where the choice on the test part and the final measurements begin. The peak is
 the process's high-water mark when the stage was left for the last time, so the stage at which it rises is the one
-that needs the memory. One JSON line per run goes to the output, a table to the terminal; what the output already
-holds is not run again.
+that needs the memory. One JSON line per run goes to the output and to the terminal, a table at the end; what the
+output already holds is not run again.
 """
 
 from __future__ import annotations
@@ -114,17 +114,6 @@ def write_network(case: Case, path: Path) -> int:
     return sum(int(np.prod(constant.dims)) for constant in constants)
 
 
-def peak_bytes() -> int:
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
 @dataclass(frozen=True)
 class Moment:
     """When a stage began, and the high-water mark of memory until then."""
@@ -147,13 +136,16 @@ def stages_of(moments: list[Moment]) -> tuple[dict[str, float], dict[str, int]]:
     return seconds, peaks
 
 
-def run_case(case: Case, *, effort: str, folder: Path) -> dict[str, Any]:
+def run_case(case: Case, *, effort: str, device: str, folder: Path) -> dict[str, Any]:
     """One compilation: seconds and peak per stage, and what came out."""
     import numpy as np
 
     import vinoopt
+    from vinoopt.bench.conditions import require_device
+    from vinoopt.bench.memory import peak_bytes
     from vinoopt.records import AccuracyBudget
 
+    kind = require_device(device)
     path = folder / "residual.onnx"
     parameters = write_network(case, path)
     rng = np.random.default_rng(1)
@@ -169,6 +161,7 @@ def run_case(case: Case, *, effort: str, folder: Path) -> dict[str, Any]:
     note("check")
     bundle = compile_model(
         path,
+        targets=(f"host:{kind}",),
         data=data,
         calibration_data=calibration,
         budget=AccuracyBudget(max_drop=0.05),
@@ -179,10 +172,11 @@ def run_case(case: Case, *, effort: str, folder: Path) -> dict[str, Any]:
     )
     note("end")
     stage_seconds, stage_peaks = stages_of(moments)
-    result = bundle.result("CPU")
+    result = bundle.result(str(kind))
     return {
         **asdict(case),
         "effort": effort,
+        "device": device,
         "parameters": parameters,
         "trials": bundle.manifest.trials,
         "plan": result.plan.title,
@@ -196,13 +190,13 @@ def run_case(case: Case, *, effort: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def child(text: str, effort: str) -> int:
+def child(text: str, effort: str, device: str) -> int:
     from vinoopt.errors import VinooptError
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["VINOOPT_CACHE_DIR"] = str(Path(folder) / "cache")
         try:
-            row = run_case(Case(**json.loads(text)), effort=effort, folder=Path(folder))
+            row = run_case(Case(**json.loads(text)), effort=effort, device=device, folder=Path(folder))
         except VinooptError as exc:
             print(f"{text}: {type(exc).__name__}: {exc}", file=sys.stderr)
             return exc.exit_code
@@ -217,11 +211,16 @@ def rows_of(wanted: list[Case], options: argparse.Namespace) -> Iterator[dict[st
     for case in wanted:
         text = json.dumps(asdict(case))
         print(f"{text} ...", file=sys.stderr, flush=True)
-        words = [sys.executable, str(Path(__file__).resolve()), "--child", text, "--effort", options.effort]
+        words = [sys.executable, str(Path(__file__).resolve()), "--child", text]
+        words += ["--effort", options.effort, "--device", options.device]
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode == 2:  # it cannot be asked for here, and the child said why
+            raise SystemExit(2)
         if done.returncode != 0:
             print(f"{text}: ended with {done.returncode}", file=sys.stderr)
-            yield {**asdict(case), "effort": options.effort, "failed": done.returncode}
+            yield {
+                **asdict(case), "effort": options.effort, "device": options.device, "failed": done.returncode
+            }  # fmt: skip
         else:
             yield json.loads(done.stdout.splitlines()[-1])
 
@@ -253,18 +252,22 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the smallest network only")
     parser.add_argument("--large", action="store_true", help="one network of the size of ResNet-50 only")
     parser.add_argument("--effort", default="fast", choices=("fast", "balanced", "thorough"))
+    parser.add_argument("--device", default="CPU", help="as OpenVINO lists it; default: CPU")
     parser.add_argument("--output", type=Path, default=Path("compile.jsonl"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        return child(options.child, options.effort)
+        return child(options.child, options.effort, options.device)
     text = options.output.read_text(encoding="utf-8") if options.output.is_file() else ""
-    rows = [row for row in map(json.loads, text.splitlines()) if "failed" not in row]
+    held = [row for row in map(json.loads, text.splitlines()) if "failed" not in row]
+    rows = [row for row in held if row.get("device", "CPU") == options.device]
     known = {Case(row["depth"], row["width"], row["samples"]) for row in rows if row["effort"] == options.effort}
     with options.output.open("a", encoding="utf-8") as stream:
         for row in rows_of([case for case in cases(options) if case not in known], options):
-            stream.write(json.dumps(row) + "\n")
+            line = json.dumps(row)
+            stream.write(line + "\n")
             stream.flush()
+            print(line, flush=True)
             rows.append(row)
     print(table(rows))
     return int(any("failed" in row for row in rows))

@@ -9,9 +9,9 @@ is tried, and counts only where the device's own report says that the layers ran
 sums of tensors that no cache holds, counting what the executed layers read and write. Operators: one layer of a
 chain of 16, at channel widths that fill the vectors and at some that do not.
 
-One JSON line per result goes to --output, a table to the terminal, and peaks and bandwidth to --profile: a
-profile file that inherits from the shipped profile which fits this machine (or from --inherits), else one that
-stands alone. `vinoopt profiles check` accepts it as it is.
+One JSON line per result goes to --output and to the terminal, a table at the end; the first line is the fingerprint
+of the machine. Peaks and bandwidth go to --profile: a profile file that inherits from the shipped profile which fits
+this machine (or from --inherits), else one that stands alone. `vinoopt profiles check` accepts it as it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import openvino as ov
@@ -32,12 +32,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vinoopt.bench import Contestant, MeasureConfig, measure
-from vinoopt.bench.conditions import evidence_here
+from vinoopt.bench.conditions import evidence_here, require_device
 from vinoopt.cost_model import layer_costs
-from vinoopt.errors import DeviceError, InputError, TargetError, VinooptError
-from vinoopt.hardware.detect import detect_host, match_host
+from vinoopt.errors import DeviceError, InputError, VinooptError
+from vinoopt.hardware.detect import detect_host, fingerprint, match_host
 from vinoopt.hardware.profile import check_profile, load_profile
-from vinoopt.records import Device, DeviceSpec, Evidence, Precision
+from vinoopt.records import Device, DeviceSpec, Evidence, HostFingerprint, Precision
 from vinoopt.toolchains.host import describe_layers, reason_of
 
 SCRIPT = "scripts/bench_device.py"
@@ -321,8 +321,7 @@ def benches(wanted: Sequence[str], options: argparse.Namespace) -> list[Bench]:
     """One per device, the time shared among all calls of `measure` that are to come."""
     host, listed = detect_host(), ov.Core().available_devices
     for name in wanted:
-        if name not in listed:
-            raise TargetError(f"OpenVINO lists no {name} on this machine; it lists {', '.join(listed)}")
+        require_device(name)
     pairs = [
         (name, spec)
         for name in (wanted or listed)
@@ -344,11 +343,19 @@ def benches(wanted: Sequence[str], options: argparse.Namespace) -> list[Bench]:
 # --------------------------------------------------------------------------- what is written
 
 
-def fragment(found: Sequence[Result], used: Sequence[Bench], parent: str | None) -> str:
+def machine(host: HostFingerprint) -> str:
+    """The fingerprint as the words of a source."""
+    others = [f"{name} {full}" for name, full in host.devices.items() if name != "CPU"]
+    parts = [f"{host.cores} cores", f"{host.memory_bytes / 2**30:.0f} GiB", *others]
+    return f"{host.cpu} ({', '.join(parts)}), {host.os}, OpenVINO {host.versions['openvino']}"
+
+
+def fragment(found: Sequence[Result], used: Sequence[Bench], parent: str | None, host: HostFingerprint) -> str:
     """A profile file: the best figure of each kind, with its source, over the parent's or the detected facts."""
     base = load_profile(parent) if parent else detect_host()
     head = {"schema": 1, **({"inherits": parent} if parent else {"family": base.family})}
-    head |= {"title": f"{base.title}, measured", "sources": [*base.sources, f"measured by {SCRIPT}"]}
+    sources = [*base.sources, f"measured by {SCRIPT} on {machine(host)}"]
+    head |= {"title": f"{base.title}, measured", "sources": sources}
     lines = [f"{key} = {json.dumps(value)}" for key, value in head.items()]
     seen: set[Device] = set()
     for bench in used:
@@ -418,18 +425,27 @@ def main() -> int:
         return exc.exit_code
 
 
+def tell(row: dict[str, Any], stream: TextIO) -> None:
+    line = json.dumps(row)
+    stream.write(line + "\n")
+    stream.flush()
+    print(line, flush=True)
+
+
 def run(options: argparse.Namespace) -> int:
     if evidence_here() is not Evidence.MEASURED:
         raise InputError("oneDNN is capped to another CPU's instruction set: unset ONEDNN_MAX_CPU_ISA")
     used = benches(options.device or (), options)
     found: list[Result] = []
+    host = fingerprint()
     with options.output.open("w", encoding="utf-8") as stream:
+        tell({"what": "fingerprint", **host.model_dump(mode="json")}, stream)
         for bench in used:
             for result in results(bench):
-                stream.write(json.dumps(asdict(result)) + "\n")
-                stream.flush()
+                tell(asdict(result), stream)
                 found.append(result)
-    options.profile.write_text(fragment(found, used, options.inherits or match_host()), encoding="utf-8")
+    text = fragment(found, used, options.inherits or match_host(), host)
+    options.profile.write_text(text, encoding="utf-8")
     show(found)
     findings = check_profile(options.profile)
     for finding in findings:

@@ -1,14 +1,15 @@
 """What the same model costs and keeps by every road: float, bf16, NNCF, ONNX Runtime, vinoopt.
 
     python scripts/bench_peers.py --output peers.jsonl                # all models whose files are here
-    python scripts/bench_peers.py --models cifar_resnet20,yolox_nano --max-drop 0.01 --time-limit 1800
+    python scripts/bench_peers.py --models cifar_resnet20,yolox_nano --max-drop 0.01 --time-limit 1800 --device GPU
 
 Per model: one part of the data is for calibration and search, another for judgement; all roads are judged on the
 same images and measured side by side in one run, first one request at a time, then for throughput. Every road is
 prepared in a process of its own with a time limit and an empty cache, so that seconds and peak memory are its own
-(libraries included); a road that fails or is late has a line that says so. One JSON line per road goes to the
-output, and a table to the terminal at the end. Models that the output already holds are skipped. Development models
-are looked for in VINOOPT_SHARED, else in ../shared beside the checkout.
+(libraries included); a road that fails or is late has a line that says so. ONNX Runtime runs on the CPU whatever the
+device. One JSON line per road goes to the output and to the terminal, a table at the end. Models that the output
+already holds for the device are skipped. Development models are looked for in VINOOPT_SHARED, else in ../shared
+beside the checkout.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from _cases import Case, Parts, aligned, cases, judged, peak_bytes, ratio, ratio_cell, say, whole_calls
+from _cases import Case, Parts, aligned, cases, ratio, ratio_cell, say, whole_calls
 
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset
-from vinoopt.accuracy.evaluate import Predictions, output_names, score
+from vinoopt.accuracy.evaluate import Predictions, output_names, predict, score
 from vinoopt.bench import (
     BenchResult,
     Contestant,
@@ -43,18 +44,22 @@ from vinoopt.bench import (
     measure,
     open_runner,
 )
+from vinoopt.bench.conditions import require_device
+from vinoopt.bench.memory import peak_bytes
 from vinoopt.compression.quantize import quantize
-from vinoopt.errors import DataError, VinooptError
+from vinoopt.errors import DataError, TargetError, VinooptError
 from vinoopt.frontend.normalize import SourceModel
 from vinoopt.frontend.preprocess import compute, resolve
-from vinoopt.records import AccuracyBudget, Device, QuantizationPlan
+from vinoopt.records import AccuracyBudget, Device, QuantizationPlan, Range
 
 MEASURED_SAMPLES = 32
 SUBSET = 300
 """Samples that every quantizer calibrates on at most."""
 PER_CHANNEL_OPSET = 13
 """The first in which QuantizeLinear knows channels."""
-FLOAT, PLAIN, RESULT = "float f32", "nncf.quantize", "vinoopt"
+FLOATS = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}
+"""What a device can compute in -> the word for it; the first that it has is the reference."""
+PLAIN, RESULT = "nncf.quantize", "vinoopt"
 CONTROL, ORT, ORT_INT8 = "nncf accuracy control", "onnxruntime", "onnxruntime int8"
 
 
@@ -68,6 +73,12 @@ class Task:
     max_drop: float
     effort: str
     folder: Path
+    device: str
+
+    @property
+    def kind(self) -> Device:
+        """What the device is."""
+        return Device(self.device.partition(".")[0])
 
     @property
     def calibration(self) -> Dataset:
@@ -93,7 +104,7 @@ class Prepared:
 
 
 def plain_int8(task: Task) -> dict[str, Any]:
-    model = quantize(task.source.model, QuantizationPlan(subset_size=SUBSET), task.calibration, device=Device.CPU)
+    model = quantize(task.source.model, QuantizationPlan(subset_size=SUBSET), task.calibration, device=task.kind)
     return {"model": saved(model, task.folder / "plain")}
 
 
@@ -125,7 +136,7 @@ def accuracy_control(task: Task) -> dict[str, Any]:
         validation_fn=validate,
         max_drop=task.max_drop,
         drop_type=nncf.DropType.ABSOLUTE,
-        target_device=nncf.TargetDevice.CPU,
+        target_device=nncf.TargetDevice[task.kind.value],
         subset_size=count,
     )
     return {"model": saved(model, task.folder / "control")}
@@ -167,6 +178,7 @@ def compiled_bundle(task: Task) -> dict[str, Any]:
     parts = task.parts
     bundle = vinoopt.compile(
         task.case.model,
+        targets=(f"host:{task.kind}",),
         data=parts.search,
         labels=parts.search_labels,
         calibration_data=parts.calibration,
@@ -180,7 +192,7 @@ def compiled_bundle(task: Task) -> dict[str, Any]:
         output=task.folder / "bundle",
         force=True,
     )
-    result = bundle.result("CPU")
+    result = bundle.result(task.kind.value)
     return {
         "model": str(bundle.path / result.target.slug / "model.xml"),
         "properties": result.properties.as_dict(),
@@ -233,54 +245,60 @@ def run_case(name: str, task: Task, options: argparse.Namespace) -> Iterator[dic
             engine, model = Engine(found.pop("engine", Engine.OPENVINO.value)), Path(found.pop("model"))
             roads.append(Prepared(**found, model=model, engine=engine))
     for prepared in list(roads):
-        if why := refusal_of(prepared):
+        if why := refusal_of(prepared, task):
             roads.remove(prepared)
             rows.append({"case": name, "road": prepared.name, "failed": why})
     test = whole_calls(task.parts.test, task.parts.test_labels, task.source, 1)
-    results = [side_by_side(roads, task.source, test, mode, options.seconds) for mode in MeasureMode]
+    results = [side_by_side(roads, task, test, mode, options.seconds) for mode in MeasureMode]
     for road in roads:
         try:
             value = accuracy_of(road, task, test)
         except VinooptError as exc:
             rows.append({"case": name, "road": road.name, "failed": str(exc).splitlines()[0]})
             continue
-        rows.append(row(name, road, value, results, test))
-    yield from sorted(rows, key=lambda each: order.index(each["road"]))
+        rows.append(row(name, road, value, results, test, reference=order[0]))
+    for each in sorted(rows, key=lambda each: order.index(each["road"])):
+        yield {**each, "device": task.device}
 
 
-def refusal_of(road: Prepared) -> str:
+def contestant(road: Prepared, task: Task, **changes: Any) -> Contestant:
+    device = task.device if road.engine is Engine.OPENVINO else "CPU"
+    given = {"properties": road.properties, **changes}
+    return Contestant(name=road.name, model=road.model, device=device, engine=road.engine, **given)
+
+
+def refusal_of(road: Prepared, task: Task) -> str:
     """Why a road's model cannot be opened here; empty where it can."""
     try:
-        open_runner(
-            Contestant(name=road.name, model=road.model, properties=road.properties, engine=road.engine)
-        )
+        open_runner(contestant(road, task))
     except VinooptError as exc:
         return " ".join(str(exc).split())[:300]
     return ""
 
 
 def float_roads(task: Task) -> list[Prepared]:
-    """The float model in f32, in the half format that the CPU has, and by ONNX Runtime."""
+    """The float model in every format that the device has, and by ONNX Runtime."""
     ir = Path(saved(task.source.model, task.folder / "float"))
-    capabilities = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    roads = [Prepared(FLOAT, ir, {"INFERENCE_PRECISION_HINT": "f32"})]
-    for capability, word in (("BF16", "bf16"), ("FP16", "f16")):
-        if capability in capabilities:
-            roads.append(Prepared(f"float {word}", ir, {"INFERENCE_PRECISION_HINT": word}))
+    capabilities = ov.Core().get_property(task.device, "OPTIMIZATION_CAPABILITIES")
+    hinted = task.kind is not Device.NPU  # which takes f16 alone, and no hint
+    roads = [
+        Prepared(f"float {word}", ir, {"INFERENCE_PRECISION_HINT": word} if hinted else {})
+        for capability, word in FLOATS.items()
+        if capability in capabilities
+    ]
     return [*roads, Prepared(ORT, task.source.path, engine=Engine.ONNXRUNTIME)]
 
 
 def side_by_side(
-    roads: list[Prepared], source: SourceModel, test: Dataset, mode: MeasureMode, seconds: float
+    roads: list[Prepared], task: Task, test: Dataset, mode: MeasureMode, seconds: float
 ) -> BenchResult:
     samples = [test[i] for i in range(min(MEASURED_SAMPLES, len(test)))]
-    own = [own_inputs(source, sample) for sample in samples]
+    own = [own_inputs(task.source, sample) for sample in samples]
     contestants = [
-        Contestant(
-            name=road.name,
-            model=road.model,
+        contestant(
+            road,
+            task,
             properties={**road.properties, **hint_for(road, mode)},
-            engine=road.engine,
             samples=own if road.engine is Engine.ONNXRUNTIME else None,
         )
         for road in roads
@@ -296,7 +314,9 @@ def hint_for(road: Prepared, mode: MeasureMode) -> dict[str, str]:
 def accuracy_of(road: Prepared, task: Task, test: Dataset) -> float:
     metric = task.case.metric_for(task.source)
     if road.engine is Engine.OPENVINO:
-        return judged(road.model, road.properties, test, metric).value
+        model, kept = ov.Core().read_model(road.model), dict(road.properties)
+        kept.pop("PERFORMANCE_HINT", None)
+        return score(metric, predict(model, test, properties=kept, device=task.device), test).value
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(road.model), providers=["CPUExecutionProvider"])
@@ -308,7 +328,9 @@ def accuracy_of(road: Prepared, task: Task, test: Dataset) -> float:
     return score(metric, found, test).value
 
 
-def row(case: str, road: Prepared, accuracy: float, results: list[BenchResult], test: Dataset) -> dict[str, Any]:
+def row(
+    case: str, road: Prepared, accuracy: float, results: list[BenchResult], test: Dataset, *, reference: str
+) -> dict[str, Any]:
     alone, stream = results
     one = alone.of(road.name)
     found: dict[str, Any] = {
@@ -318,7 +340,9 @@ def row(case: str, road: Prepared, accuracy: float, results: list[BenchResult], 
         "test_samples": test.samples,
         "p50_ms": one.latency_p50_ms,
         "p90_ms": one.latency_p90_ms,
+        "p50_range_ms": ends(one.latency_p50_range_ms),
         "per_s": stream.of(road.name).throughput_per_s,
+        "range_per_s": ends(stream.of(road.name).throughput_range_per_s),
         "size_bytes": one.size_bytes,
         "compile_ms": one.compile_ms,
         "prep_seconds": road.seconds,
@@ -327,11 +351,15 @@ def row(case: str, road: Prepared, accuracy: float, results: list[BenchResult], 
         "warnings": [*alone.warnings, *stream.warnings],
     }
     known = {each.name for each in alone.measurements}
-    for reference in (FLOAT, PLAIN):
-        is_other = reference in known and road.name != reference
-        found[f"over {reference}"] = ratio(alone.compare(reference, road.name)) if is_other else None
-        found[f"stream over {reference}"] = ratio(stream.compare(reference, road.name)) if is_other else None
+    for word, other in (("float", reference), (PLAIN, PLAIN)):
+        is_other = other in known and road.name != other
+        found[f"over {word}"] = ratio(alone.compare(other, road.name)) if is_other else None
+        found[f"stream over {word}"] = ratio(stream.compare(other, road.name)) if is_other else None
     return found
+
+
+def ends(interval: Range | None) -> list[float] | None:
+    return None if interval is None else [interval.low, interval.high]
 
 
 # --------------------------------------------------------------------------- processes
@@ -341,7 +369,7 @@ def in_child(words: list[str], name: str, folder: Path, options: argparse.Namesp
     """The answer of this script run again with these words, or why there is none."""
     command = [sys.executable, str(Path(__file__).resolve()), "--models", name, "--folder", str(folder), *words]
     command += ["--max-drop", str(options.max_drop), "--effort", options.effort, "--seconds", str(options.seconds)]
-    command += ["--time-limit", str(options.time_limit)]
+    command += ["--time-limit", str(options.time_limit), "--device", options.device]
     with tempfile.TemporaryDirectory() as cache, (folder / "stderr.log").open("w+") as log:
         env = {**os.environ, "VINOOPT_CACHE_DIR": cache}
         try:
@@ -369,7 +397,9 @@ def child(options: argparse.Namespace) -> int:
     (name,) = options.models
     case = cases()[name]
     source = case.source(1)
-    task = Task(case, source, case.load(source), options.max_drop, options.effort, options.folder)
+    task = Task(
+        case, source, case.load(source), options.max_drop, options.effort, options.folder, options.device
+    )
     print(json.dumps(prepare(options.prepare, task)))
     return 0
 
@@ -377,12 +407,13 @@ def child(options: argparse.Namespace) -> int:
 def all_rows(name: str, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         source = case.source(1)
-        task = Task(case, source, case.load(source), options.max_drop, options.effort, Path(folder))
+        parts, place = case.load(source), Path(folder)
+        task = Task(case, source, parts, options.max_drop, options.effort, place, options.device)
         return list(run_case(name, task, options))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = ("case", "road", "accuracy", "p50 ms", "over f32", "over nncf int8", "per s", "kB", "prep s", "peak MB")
+    head = ("case", "road", "accuracy", "p50 ms", "over float", "over nncf int8", "per s", "kB", "prep s", "peak MB")
     lines: list[tuple[str, ...]] = [(*head, "plan")]
     for each in rows:
         if "failed" in each:
@@ -394,8 +425,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 each["road"],
                 f"{each['accuracy']:.4f}",
                 f"{each['p50_ms']:.3g}",
-                ratio_cell(each[f"over {FLOAT}"]),
-                ratio_cell(each[f"over {PLAIN}"]),
+                ratio_cell(each.get("over float")),
+                ratio_cell(each.get(f"over {PLAIN}")),
                 f"{each['per_s']:.4g}",
                 "-" if each["size_bytes"] is None else f"{each['size_bytes'] / 1000:.0f}",
                 "-" if each["prep_seconds"] is None else f"{each['prep_seconds']:.0f}",
@@ -418,6 +449,7 @@ def listed(text: str) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=listed, default=list(cases()), help="comma-separated; default: all here")
+    parser.add_argument("--device", default="CPU", help="as OpenVINO lists it; default: CPU")
     parser.add_argument("--max-drop", type=float, default=0.01)
     parser.add_argument("--effort", default="balanced", choices=("fast", "balanced", "thorough"))
     parser.add_argument("--seconds", type=float, default=5.0, help="of each of two measurements, per road")
@@ -426,11 +458,15 @@ def main() -> int:
     parser.add_argument("--prepare", choices=tuple(ROADS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    try:
+        require_device(options.device)
+    except TargetError as exc:
+        parser.error(str(exc))
     if options.prepare is not None:
         return child(options)
 
     text = options.output.read_text(encoding="utf-8") if options.output.is_file() else ""
-    known = [json.loads(line) for line in text.splitlines()]
+    known = [row for row in map(json.loads, text.splitlines()) if row.get("device", "CPU") == options.device]
     done, failed = {each["case"] for each in known}, False
     with options.output.open("a", encoding="utf-8") as stream:
         for name in options.models:
@@ -445,10 +481,11 @@ def main() -> int:
                 say(f"{name}: {type(exc).__name__}: {exc}")
                 failed = True
                 continue
-            stream.writelines(json.dumps(each) + "\n" for each in rows)
+            lines = [json.dumps(each) for each in rows]
+            stream.writelines(f"{line}\n" for line in lines)
             stream.flush()
+            print("\n".join(lines), flush=True)
             known += rows
-            say(table(rows))
     with suppress(BrokenPipeError):
         print(table([each for each in known if each["case"] in options.models]))
     return int(failed)

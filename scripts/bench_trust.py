@@ -2,11 +2,12 @@
 
     python scripts/bench_trust.py self                          # 20 runs of a model against itself, per hint
     python scripts/bench_trust.py benchmark_app                 # side by side with OpenVINO's own tool
+    python scripts/bench_trust.py self --device GPU
 
 `self` measures two compilations of one model side by side, run after run: at least 19 of 20 must say "no
 significant difference". `benchmark_app` runs OpenVINO's benchmark_app and this package's measurement in turns, each
 several times, on the same IR with the same properties; the ratio is given with the spread of the turns of each. One
-JSON line per run goes to the output, a table to the terminal; what the output already holds is not run again.
+JSON line per run goes to the output and to the terminal, a table at the end; what the output holds is not run again.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from _cases import aligned, cases, say
+from _cases import aligned, cases
 
 import vinoopt
 from vinoopt.bench import Contestant, MeasureConfig, MeasureMode, Sample, measure
+from vinoopt.bench.conditions import require_device
+from vinoopt.errors import TargetError
 from vinoopt.frontend.parity import random_samples
 from vinoopt.hardware.detect import fingerprint
 
@@ -53,15 +56,15 @@ def loaded(name: str) -> tuple[ov.Model, list[Sample]]:
 
 def against_itself(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
     for name, mode in product(options.model or MODELS[:1], options.hint or HINTS):
-        wanted = [run for run in range(options.runs) if key("self", name, mode, run) not in known]
+        wanted = [run for run in range(options.runs) if key("self", name, mode, run, options) not in known]
         model, samples = loaded(name) if wanted else (None, [])
         for run in wanted:
-            pair = [Contestant(name=each, model=model) for each in ("one", "other")]
+            pair = [Contestant(name=each, model=model, device=options.device) for each in ("one", "other")]
             config = MeasureConfig(mode=mode, seconds=options.seconds, seed=run)
             result = measure(pair, samples, config=config)
             found = result.compare("one", "other")
             yield {
-                "key": key("self", name, mode, run),
+                "key": key("self", name, mode, run, options),
                 "what": "self",
                 "model": name,
                 "hint": mode.value,
@@ -104,7 +107,7 @@ def self_table(rows: list[dict[str, Any]]) -> tuple[str, bool]:
 def beside_benchmark_app(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
     program = find_benchmark_app()
     for name, mode in product(options.model or MODELS, options.hint or HINTS):
-        wanted = [run for run in range(options.runs) if key("benchmark_app", name, mode, run) not in known]
+        wanted = [run for run in range(options.runs) if key("benchmark_app", name, mode, run, options) not in known]
         if not wanted:
             continue
         model, samples = loaded(name)
@@ -112,10 +115,10 @@ def beside_benchmark_app(options: argparse.Namespace, known: set[str]) -> Iterat
             ir = Path(folder) / "model.xml"
             ov.save_model(model, ir, compress_to_fp16=False)
             for run in wanted:
-                theirs = run_benchmark_app(program, ir, mode, options.seconds)
-                ours = run_here(ir, samples, mode, options.seconds)
+                theirs = run_benchmark_app(program, ir, mode, options)
+                ours = run_here(ir, samples, mode, options)
                 yield {
-                    "key": key("benchmark_app", name, mode, run),
+                    "key": key("benchmark_app", name, mode, run, options),
                     "what": "benchmark_app",
                     "model": name,
                     "hint": mode.value,
@@ -133,10 +136,11 @@ def find_benchmark_app() -> str:
     return program
 
 
-def run_benchmark_app(program: str, ir: Path, mode: MeasureMode, seconds: float) -> dict[str, float]:
+def run_benchmark_app(program: str, ir: Path, mode: MeasureMode, options: argparse.Namespace) -> dict[str, float]:
     """Median latency in ms and inferences per second, as it reports them."""
     element = str(ov.Core().read_model(ir).inputs[0].element_type.get_type_name())
-    words = [program, "-m", str(ir), "-d", "CPU", "-hint", mode.value, "-t", f"{seconds:.0f}", "-ip", element]
+    words = [program, "-m", str(ir), "-d", options.device, "-hint", mode.value, "-ip", element]
+    words += ["-t", f"{max(options.seconds, 1):.0f}"]
     words += ["-json_stats", "-report_type", "no_counters", "-report_folder", str(ir.parent)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     report = ir.parent / "benchmark_report.json"
@@ -147,9 +151,11 @@ def run_benchmark_app(program: str, ir: Path, mode: MeasureMode, seconds: float)
     return {"p50_ms": float(results["latency (ms)"]), "per_s": float(results["throughput"])}
 
 
-def run_here(ir: Path, samples: list[Sample], mode: MeasureMode, seconds: float) -> dict[str, float]:
-    config = MeasureConfig(mode=mode, seconds=seconds)
-    found = measure([Contestant(name="it", model=ir)], samples, config=config).of("it")
+def run_here(
+    ir: Path, samples: list[Sample], mode: MeasureMode, options: argparse.Namespace
+) -> dict[str, float]:
+    config = MeasureConfig(mode=mode, seconds=options.seconds)
+    found = measure([Contestant(name="it", model=ir, device=options.device)], samples, config=config).of("it")
     return {"p50_ms": found.latency_p50_ms, "per_s": found.throughput_per_s or 1000 / found.latency_p50_ms}
 
 
@@ -184,8 +190,8 @@ def app_table(rows: list[dict[str, Any]]) -> tuple[str, bool]:
 # --------------------------------------------------------------------------- both
 
 
-def key(what: str, model: str, mode: MeasureMode, run: int) -> str:
-    return f"{what}/{model}/{mode.value}/{run}"
+def key(what: str, model: str, mode: MeasureMode, run: int, options: argparse.Namespace) -> str:
+    return f"{what}/{options.device}/{model}/{mode.value}/{run}"
 
 
 WAYS: dict[str, tuple[Callable[..., Iterator[dict[str, Any]]], Callable[..., tuple[str, bool]], int, float]] = {
@@ -200,10 +206,15 @@ def main() -> int:
     parser.add_argument("what", choices=tuple(WAYS))
     parser.add_argument("--model", action="append", choices=tuple(cases()), help="repeatable")
     parser.add_argument("--hint", action="append", type=MeasureMode, choices=HINTS, help="repeatable; default: both")
+    parser.add_argument("--device", default="CPU", help="as OpenVINO lists it; default: CPU")
     parser.add_argument("--runs", type=int, help="default: 20 for self, 3 for benchmark_app")
     parser.add_argument("--seconds", type=float, help="of each measurement; default: 4 and 5")
     parser.add_argument("--output", type=Path, default=Path("trust.jsonl"))
     options = parser.parse_args()
+    try:
+        require_device(options.device)
+    except TargetError as exc:
+        parser.error(str(exc))
     way, table, runs, seconds = WAYS[options.what]
     options.runs, options.seconds = options.runs or runs, options.seconds or seconds
 
@@ -212,11 +223,15 @@ def main() -> int:
     host = fingerprint()
     with options.output.open("a", encoding="utf-8") as stream:
         for row in way(options, {each["key"] for each in rows}):
-            rows.append({**row, "host": host.cpu, "openvino": host.versions["openvino"]})
-            stream.write(json.dumps(rows[-1]) + "\n")
+            rows.append(
+                {**row, "device": options.device, "host": host.cpu, "openvino": host.versions["openvino"]}
+            )
+            line = json.dumps(rows[-1])
+            stream.write(line + "\n")
             stream.flush()
-            say(row["key"])
-    shown, good = table([row for row in rows if row["what"] == options.what])
+            print(line, flush=True)
+    mine = [row for row in rows if row["what"] == options.what and row.get("device") == options.device]
+    shown, good = table(mine)
     print(shown)
     return int(not good)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from vinoopt.demo import demo_files
+from vinoopt.hardware.detect import fingerprint
 from vinoopt.hardware.profile import check_profile, load_profile
 from vinoopt.records import Device, Precision
 
@@ -51,8 +53,11 @@ def test_help_answers(name: str) -> None:
 @pytest.mark.slow
 def test_a_device_is_measured_into_a_profile_that_holds() -> None:
     told = run("bench_device", "--device", "CPU", "--seconds", "2")
-    found = list(lines("device.jsonl"))
+    about, *found = lines("device.jsonl")
+    assert (about["what"], about["cpu"]) == ("fingerprint", fingerprint().cpu)
     assert {each["what"] for each in found} == {"peak", "bandwidth", "operator"}
+    assert [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")] == [about, *found]
+    assert fingerprint().cpu in load_profile("device.toml").sources[-1]
     assert all(each["evidence"] == "measured" and each["value"] > 0 for each in found if not each["why"])
     errors = [finding for finding in check_profile("device.toml") if finding.severity == "error"]
     assert not errors
@@ -70,19 +75,40 @@ def test_measured_figures_replace_those_of_a_shipped_profile() -> None:
     shipped, merged = load_profile("lunar-lake"), load_profile("device.toml")
     assert "bench_device" in merged.devices[Device.CPU].peak_gops[Precision.F32].source
     assert merged.devices[Device.NPU] == shipped.devices[Device.NPU]
-    cached = [each["why"] for each in lines("device.jsonl") if each["what"] == "bandwidth" and each["why"]]
+    _, *found = lines("device.jsonl")
+    cached = [each["why"] for each in found if each["what"] == "bandwidth" and each["why"]]
     if cached:  # where the system tells its caches, a tensor that fits them brings no bandwidth
         assert merged.devices[Device.CPU].bandwidth_gb_per_s == shipped.devices[Device.CPU].bandwidth_gb_per_s
 
 
-def test_a_device_that_is_not_here_is_told(tmp_path: Path) -> None:
-    script = str(ROOT / "scripts" / "bench_device.py")
-    done = subprocess.run(
-        [sys.executable, script, "--device", "NPU.9"], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bench_device",),
+        ("bench_peers", "--models", "digits"),
+        ("bench_trust", "self", "--model", "digits"),
+        ("bench_tuning", "--model", "digits"),
+        ("bench_compile", "--quick"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_device_that_is_not_here_is_told(words: tuple[str, ...], tmp_path: Path) -> None:
+    name, *more = words
+    script = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *more, "--device", "NPU.9"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "OpenVINO lists no NPU.9" in done.stderr
-    assert not (tmp_path / "device.jsonl").exists()
+    assert not any(each.read_text() for each in tmp_path.glob("*.jsonl"))
+
+
+def test_a_broken_latency_limit_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench_tuning = importlib.import_module("bench_tuning")
+    row = {"limit_ms": 2.0, "is_default": False, "p90_range_ms": {"tuned": [2.1, 2.3]}}
+    assert bench_tuning.breaks_limit(row)
+    assert not bench_tuning.breaks_limit({**row, "p90_range_ms": {"tuned": [1.9, 2.3]}})
+    assert not bench_tuning.breaks_limit({**row, "limit_ms": None})
+    assert not bench_tuning.breaks_limit({**row, "is_default": True})
 
 
 @pytest.mark.slow
@@ -107,7 +133,8 @@ def test_the_demo_meets_its_peers() -> None:
     prepared = [row for row in roads.values() if row["prep_seconds"] is not None]
     assert all(row["prep_peak_bytes"] > 50e6 and row["per_s"] > 0 for row in prepared)
     assert roads["vinoopt"]["accuracy"] >= roads["float f32"]["accuracy"] - 0.03
-    assert "vinoopt" in told.stdout
+    assert all(row["device"] == "CPU" for row in roads.values())
+    assert sum(line.startswith("{") for line in told.stdout.splitlines()) == len(roads)
 
 
 @pytest.mark.slow
@@ -129,6 +156,8 @@ def test_tuning_meets_the_hints() -> None:
     told = subprocess.run([*script, *words], capture_output=True, text=True, check=False)
     (row,) = lines("tuning.jsonl")
     assert row["limit_ms"] > 0
+    assert row["p90_range_ms"]["tuned"][0] > 0
+    assert json.loads(told.stdout.splitlines()[0]) == row
     assert set(row["over"]) == {"latency hint", "throughput hint"}
     assert "sweet spot" in told.stdout
 

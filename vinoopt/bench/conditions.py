@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import psutil
 
-from vinoopt.records import Evidence
+from vinoopt.errors import TargetError
+from vinoopt.records import Device, Evidence
 
 OTHER_LOAD = 0.1
 STEAL = 0.01
@@ -69,6 +71,15 @@ def round_warnings(name: str, rounds_ms: Sequence[float]) -> tuple[str, ...]:
     if scatter > SCATTER:
         found.append(f"{name}: rounds scatter by {scatter:.0%}; the machine is not quiet")
     return tuple(found)
+
+
+def require_device(name: str) -> Device:
+    """The kind of a device that OpenVINO lists on this machine, as `GPU.1`; raises `TargetError` for another."""
+    listed = ov.Core().available_devices
+    kind = name.partition(".")[0]
+    if kind not in list(Device) or name not in {*listed, *(each.partition(".")[0] for each in listed)}:
+        raise TargetError(f"OpenVINO lists no {name} on this machine; it lists {', '.join(listed)}")
+    return Device(kind)
 
 
 def evidence_here() -> Evidence:

@@ -13,13 +13,14 @@ import openvino as ov
 import psutil
 
 from vinoopt.bench.contestants import Contestant, Engine, Runner, open_runner
+from vinoopt.bench.memory import peak_bytes
 from vinoopt.errors import DeviceError
 from vinoopt.toolchains.host import reason_of
 from vinoopt.toolchains.process import serve
 
 _MORE_RUNS = 9
 """Inferences behind the first, so that the peak holds what running needs."""
-_STATUS, _REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_REFS = Path("/proc/self/clear_refs")
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "compile_ms": (compiled - start) / 1e6,
         "first_inference_ms": (first - ready) / 1e6,
-        "peak_memory_bytes": max(_peak() - before, 0),
+        "peak_memory_bytes": max(peak_bytes() - before, 0),
     }
 
 
@@ -70,21 +71,6 @@ def _mark() -> int:
         with suppress(OSError):  # where a container forbids it, the mark holds what importing needed too
             _REFS.write_text("5")
     return int(psutil.Process().memory_info().rss)
-
-
-def _peak() -> int:
-    """The high-water mark of this process's resident memory.
-
-    Of Linux's two the one in `status`: that of `getrusage` begins with the parent's.
-    """
-    if sys.platform.startswith("linux"):
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 if __name__ == "__main__":
