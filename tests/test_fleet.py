@@ -207,12 +207,24 @@ def test_files_travel_and_the_command_line_tells_the_host(
 
     words = ["bench", str(tmp_path / "net.xml"), "--against", str(tmp_path / "relu.onnx"), "-t", "0.2"]
     assert main([*words, "--scheduler", fleet.address, "--on", "lab", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    told = json.loads(text)
     (one,) = told["measured"]
     assert one["job"] == "net on lab"
     assert one["worker"].startswith("tcp://127.0.0.1")
     assert one["comparisons"][0]["candidate"] == "net"
     assert told["unmeasured"] == []
+    assert one["inputs"] == "random"
+    files = [tmp_path / name for name in ("old.json", "new.json")]
+    for file in files:
+        file.write_text(text)
+    assert main(["compare", *map(str, files), "--json"]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    assert compared["through"] == ["relu"]
+    assert not compared["comparison"]["is_significant"]
+    files[0].write_text(json.dumps({"measured": [one, one], "unmeasured": []}))
+    assert main(["compare", *map(str, files)]) == 2
+    assert "holds 2 runs" in capsys.readouterr().err
 
 
 def test_what_cannot_be_sent_and_who_does_not_answer() -> None:
