@@ -95,7 +95,7 @@ class Cost:
 class _Calls(Sequence[Batch]):
     """Calls as tensors, in the order of the model's inputs; whole numbers in 8 bits stay, to save memory."""
 
-    def __init__(self, data: Dataset, names: Sequence[set[str]]) -> None:
+    def __init__(self, data: Dataset, names: Sequence[str]) -> None:
         self.data = data
         self.names = names
 
@@ -106,8 +106,7 @@ class _Calls(Sequence[Batch]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         sample = self.data[index]
-        ordered = [next(sample[name] for name in sample if name in known) for known in self.names]
-        return [torch.from_numpy(np.ascontiguousarray(each)) for each in ordered]
+        return [torch.from_numpy(np.ascontiguousarray(sample[name])) for name in self.names]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -144,14 +143,15 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int) -> School:
         raise DistillationError(
             "all outputs are whole numbers, which have no gradient; end the model before its ArgMax or TopK"
         )
-    names = [{*each.get_names(), each.get_node().get_friendly_name()} for each in teacher.inputs]
+    names = _names(teacher, data)
     order = np.random.default_rng(seed).permutation(len(data))
     count = _held_count(teacher, data)
     held, judged = data.subset(order[: count // 2]), data.subset(order[count // 2 : count])
     learn = data.subset(order[count:]).held(INPUT_BYTES)
     inputs = _Calls(learn, names)
-    mirror = Mirror(teacher.clone(), trains=False)
-    check_equality(mirror, inputs[:_CHECKED])
+    with failing("making the teacher's image in PyTorch"):
+        mirror = Mirror(teacher.clone(), trains=False)
+        check_equality(mirror, inputs[:_CHECKED])
     is_batched = check_batches(mirror, inputs[:3])
     mirror.place(_device())
     labels = learn.labels if isinstance(learn.labels, np.ndarray) else None
@@ -166,6 +166,18 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int) -> School:
         labels=None if labels is None else [torch.as_tensor(each, dtype=torch.int64).reshape(-1) for each in labels],
         digest=_digest(teacher, [*inputs[:_SIGNED_CALLS], [torch.tensor(len(data))]]),
     )
+
+
+def _names(model: ov.Model, data: Dataset) -> list[str]:
+    """The data's name of every input, in their order."""
+    names = []
+    for output in model.inputs:
+        known = {*output.get_names(), output.get_node().get_friendly_name()}
+        name = next((each for each in data[0] if each in known), None)
+        if name is None:
+            raise DistillationError(f"the data hold no input named {' or '.join(sorted(known))}")
+        names.append(name)
+    return names
 
 
 def _held_count(teacher: ov.Model, data: Dataset) -> int:
@@ -207,10 +219,13 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
     """
     if plan.label_weight and school.labels is None:
         raise DataError("label_weight is about class numbers; give labels, one whole number per sample")
+    ports = [(len(model.inputs), len(model.outputs)) for model in (student, school.teacher)]
+    if ports[0] != ports[1]:
+        raise DistillationError(f"the model has {ports[0]} inputs and outputs, and its teacher {ports[1]}")
     work = student.clone()
-    mirror = Mirror(work)
-    check_equality(mirror, school.inputs[:_CHECKED])
-    with failing("comparing the student with its teacher"):
+    with failing("making the model's image in PyTorch"):
+        mirror = Mirror(work)
+        check_equality(mirror, school.inputs[:_CHECKED])
         material = _material(mirror, school, plan, run)
     mirror.place(_device())
     departure = _Departure(school)

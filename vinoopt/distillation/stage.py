@@ -170,8 +170,10 @@ class _Stage:
         except DistillationError as exc:
             self.reasons.append(f"nothing was distilled: {exc}")
             return
-        self._rounds(runners)
-        self.reasons.append(self._conclusion(best))
+        try:
+            self._rounds(runners)
+        finally:  # the time limit, or an interrupt, may end them from within
+            self.reasons.append(self._conclusion(best))
 
     def _rounds(self, runners: list[_Runner]) -> None:
         """Rounds of ever fewer and longer runs, until time or candidates are used up."""
