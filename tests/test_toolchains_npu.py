@@ -515,6 +515,16 @@ def test_asymmetric_weights_are_warned_of(element, zero_points, groups, words):
         assert words in found[0].message
 
 
+def test_zero_points_of_a_convolution_are_per_channel():
+    x = ops.parameter([1, 4, 8, 8], np.float32, name="x")
+    weights = ops.convert(ops.constant(np.full((8, 4, 3, 3), 130, np.uint8)), np.float32)
+    zeros = ops.convert(ops.constant(np.full((8, 1, 1, 1), 128, np.uint8)), np.float32)
+    scaled = ops.multiply(ops.subtract(weights, zeros), ops.constant(np.float32(0.1)))
+    node = ops.convolution(x, scaled, [1, 1], [1, 1], [1, 1], [1, 1])
+    (found,) = npu_preflight.check(ov.Model([ops.result(node)], [x], "c"), "4000")
+    assert "zero points per channel" in found.message
+
+
 def compressed(element: ov.Type, *, zero_points: bool, groups: int) -> ov.Model:
     """A matrix product with compressed weights, as `nncf.compress_weights` leaves it."""
     inputs, outputs = 64, 32

@@ -503,8 +503,10 @@ class FakeGpu:
         if self.error is not None:
             raise self.error
         target = Target(profile=spec.name, device=spec.kind)
-        layer = LayerReport(name="large", type="Convolution", precision="i8")
-        return Build(target=target, toolchain="fake", evidence=Evidence.COMPILED, layers=(layer,))
+        layers = tuple(
+            LayerReport(name=name, type="Convolution", precision="i8") for name in ("large", "small")
+        )
+        return Build(target=target, toolchain="fake", evidence=Evidence.COMPILED, layers=layers)
 
 
 def gpu(text: str, model: ov.Model, data: Dataset, error: Exception | None = None) -> ModelledGpuYardstick:
@@ -539,29 +541,35 @@ def test_layers_that_were_left_in_float_on_purpose_are_no_finding(quantized: ov.
     told = [
         Diagnostic(severity="warning", code=code, message="left in f16", layer=layer)
         for code in ("GPU_FLOAT_LAYER", "GPU_REFERENCE_KERNEL")
-        for layer in ("large", "small")
+        for layer in ("large", "small", "large/1/MatMul", "small/1/MatMul")
     ]
     target = Target.parse("alder-lake:GPU")
     build = Build(target=target, toolchain="fake", evidence=Evidence.COMPILED, diagnostics=tuple(told))
     left = without_intended(build, tmp_path / "model.xml").diagnostics
     assert [(each.code, each.layer) for each in left] == [
         ("GPU_FLOAT_LAYER", "large"),
-        ("GPU_REFERENCE_KERNEL", "large"),
-        ("GPU_REFERENCE_KERNEL", "small"),
+        ("GPU_FLOAT_LAYER", "large/1/MatMul"),  # a part of a layer that the plugin took apart
+        *(("GPU_REFERENCE_KERNEL", each) for each in ("large", "small", "large/1/MatMul", "small/1/MatMul")),
     ]
 
 
 @pytest.mark.parametrize(
-    ("precision", "kernel"), [("f16", "convolution_gpu"), ("i8", "convolution_gpu_ref__i8")]
+    ("name", "precision", "kernel"),
+    [
+        ("large", "f16", "convolution_gpu"),
+        ("large", "i8", "convolution_gpu_ref__i8"),
+        ("large/part", "f16", "convolution_gpu"),  # taken apart
+        ("attention", "i8", "sdpa_micro__i8"),  # fused into something else
+    ],
 )
 def test_layer_that_the_driver_left_behind_does_not_count_at_the_peak_of_int8(
-    precision: str, kernel: str, model: ov.Model, quantized: ov.Model, data: Dataset
+    name: str, precision: str, kernel: str, model: ov.Model, quantized: ov.Model, data: Dataset
 ):
     class Behind(FakeGpu):
         def compile(self, path: Path, spec: DeviceSpec, **options: Any) -> Build:
             build = super().compile(path, spec, **options)
-            layer = LayerReport(name="large", type="Convolution", precision=precision, kernel=kernel)
-            return build.model_copy(update={"layers": (layer,)})
+            layer = LayerReport(name=name, type="Convolution", precision=precision, kernel=kernel)
+            return build.model_copy(update={"layers": (layer, build.layers[1])})
 
     def slowed(yardstick: ModelledGpuYardstick) -> ModelledGpuYardstick:
         """So slow at computing that memory does not hide the difference."""

@@ -18,6 +18,8 @@ from vinoopt.records import Device, Diagnostic, TensorSpec
 
 NEWEST_OPSET = 17
 """The newest set of operators that the compiler reads."""
+_GROUPED_RANK = 3
+"""Of a matrix of weights in groups; a convolution's weights have four or five dimensions."""
 MAX_PORT_RANK = 5
 """Inside the graph more dimensions compile; at its inputs and outputs they do not."""
 
@@ -213,7 +215,7 @@ def _zero_points(node: ov.Node) -> Iterable[Diagnostic]:
     if element not in ("u4", "i4", "u8", "i8", "u2", "nf4"):
         return
     shape = weights.get_output_shape(0)
-    groups = "per group" if len(shape) > 2 and shape[-2] > 1 else "per channel"
+    groups = "per group" if len(shape) == _GROUPED_RANK and shape[-2] > 1 else "per channel"
     yield Diagnostic(
         severity="warning",
         code="NPU_ASYMMETRIC_WEIGHTS",

@@ -78,8 +78,10 @@ class ModelledGpuYardstick:
     """The same."""
     _hung: ToolchainTimeout | None = field(default=None, init=False)
     """The first time-out: a driver that hangs for one candidate would for the next, and costs its limit once."""
-    _kernels: dict[tuple[bool, str], LayerReport] = field(default_factory=dict, init=False)
-    """Whether it is quantized, and name of a layer -> what the driver made of it in the first build that had it."""
+    _kernels: dict[tuple[bool, str], LayerReport | None] = field(default_factory=dict, init=False)
+    """Whether it is quantized, and name of a layer -> what the driver made of it in the first build that had it.
+
+    None where it made no layer with products of that name, as of products that it fused into an attention layer."""
     _has_quantized_build: bool = field(default=False, init=False)
 
     def require(self) -> None:
@@ -227,10 +229,12 @@ class ModelledGpuYardstick:
         """Keeps what the driver made of each layer with products; a layer keeps its name in all candidates."""
         names, quantized = layers_with_products(model), layer_precisions(model)
         owners = known_as(model, names)
-        for layer in filter(has_products, build.layers):
-            if layer.name in owners:
-                block = owners[layer.name]
-                self._kernels.setdefault((block in quantized, block), layer)
+        executed = [layer for layer in build.layers if has_products(layer)]
+        found = {owners[layer.name]: layer for layer in reversed(executed) if layer.name in owners}
+        for block in names:
+            # Recurrent layers are taken apart, and their parts are named after them.
+            parts = (layer for layer in executed if layer.name.startswith(f"{block}/"))
+            self._kernels.setdefault((block in quantized, block), found.get(block) or next(parts, None))
 
     def _roofline(self, plan: CompressionPlan, model: ov.Model) -> Roofline:
         """By what the driver makes of the layers, as far as it is known: the first quantized model is compiled."""
@@ -239,22 +243,30 @@ class ModelledGpuYardstick:
             self._has_quantized_build = True
             with suppress(ToolchainRefused):  # told again where the candidate is checked
                 self.check(plan, model)
-        built = {name: self._kernels.get((name in quantized, name)) for name in layers_with_products(model)}
-        known = {name: layer for name, layer in built.items() if layer is not None}
+        keys = {name: (name in quantized, name) for name in layers_with_products(model)}
+        known = {name: self._kernels[key] for name, key in keys.items() if key in self._kernels}
         precisions = {
-            name: _BUILT_FLOATS.get(known[name].precision, asked) if name in known else asked
+            name: _executed(known[name], plan, asked) if name in known else asked
             for name, asked in quantized.items()
         }
+        slow = [name for name, layer in known.items() if layer is not None and is_reference(layer)]
         try:
             return roofline(
                 model,
                 self.spec,
                 precisions=precisions,
                 float_precision=plan.float_precision,
-                on_vector_units=[name for name, layer in known.items() if is_reference(layer)],
+                on_vector_units=slow,
             )
         except ShapeError as exc:
             raise ToolchainRefused(f"its latency cannot be modelled: {exc}") from exc
+
+
+def _executed(layer: LayerReport | None, plan: CompressionPlan, asked: Precision) -> Precision:
+    """What a quantized layer computes in: what was asked for, but where the driver left it in float."""
+    if layer is None:
+        return plan.float_precision
+    return _BUILT_FLOATS.get(layer.precision, asked)
 
 
 def _sha256(path: Path) -> str:
