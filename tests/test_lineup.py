@@ -18,6 +18,7 @@ from vinoopt import bundle, serde
 from vinoopt.bench import Engine, MeasureConfig, MeasureMode, measure
 from vinoopt.cli.bench import _end, bench, compare
 from vinoopt.cli.options import milliseconds_from
+from vinoopt.cli.show import strict_json
 from vinoopt.cli.tune import tune
 from vinoopt.demo import demo_files
 from vinoopt.errors import BundleError, DataError, InputError, ModelError, ShapeError
@@ -36,6 +37,7 @@ from vinoopt.records import (
     Target,
     TargetResult,
 )
+from vinoopt.tuning import Parity
 
 DEMO = demo_files()
 PREPROCESS = read_preprocess(DEMO.preprocess)
@@ -398,6 +400,13 @@ def test_a_latency_limit_has_a_unit(text: str, limit: float) -> None:
 def test_a_limit_that_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(click.UsageError, match="20ms"):
         milliseconds_from(text, "--latency-limit")
+
+
+def test_json_holds_nothing_that_is_no_json() -> None:
+    found = Parity(cosine=(float("nan"), 1.0), agreement=None, error=(float("inf"), 0.0))
+    whole = json.loads(strict_json(found), parse_constant=pytest.fail)
+    assert whole["cosine"] == [None, 1.0]
+    assert whole["error"] == [None, 0.0]
 
 
 def test_the_model_is_given_once() -> None:

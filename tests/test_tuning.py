@@ -39,8 +39,8 @@ from vinoopt.tuning import (
     axes,
     tune,
 )
+from vinoopt.tuning.candidates import word
 from vinoopt.tuning.parity import departure, parity
-from vinoopt.tuning.race import _word
 from vinoopt.tuning.settings import _ladder
 from vinoopt.tuning.study import Study
 from vinoopt.tuning.trials import UNFINISHED
@@ -141,7 +141,7 @@ def test_values_read_back_as_they_are_written() -> None:
         "PERFORMANCE_HINT": "THROUGHPUT",
     }
     compiled = ov.Core().compile_model(_model(), "CPU", properties)
-    assert {key: _word(compiled.get_property(key)) for key in properties} == properties
+    assert {key: word(compiled.get_property(key)) for key in properties} == properties
 
 
 # --------------------------------------------------------------------------- parity gate

@@ -280,7 +280,7 @@ def _request(model: str, against: tuple[str, ...], *, hint: str | None, **option
         device=options["device"],
         properties=RuntimeProperties.of(given),
         is_hinted=hint != "none",
-        requests=None if hint in (None, "latency") else options["nireq"],
+        requests=options["nireq"],
         data=options["data"],
         preprocess=preprocess_from(options),
         shape=options["shape"],

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
-
-import openvino as ov
 
 from vinoopt import bench
 from vinoopt.bench import BenchResult
 from vinoopt.errors import DeviceError, InputError
-from vinoopt.records import Measurement, RuntimeProperties
-from vinoopt.tuning.settings import Values, axes
+from vinoopt.records import Measurement
+from vinoopt.tuning.candidates import combined, single_settings, space_of, word
+from vinoopt.tuning.settings import Values
 from vinoopt.tuning.study import Study
 from vinoopt.tuning.task import TuneTask, digest_of
 from vinoopt.tuning.track import DEFAULT, HEAT_ROUNDS, HEAT_SIZE, NOTHING, Entrant, Measure, Track
@@ -74,7 +72,7 @@ def tune(
         raise InputError("batches belong to the goal throughput; for least latency leave them out")
     if not task.samples:
         raise InputError("tuning needs samples to run on")
-    space = _space(task, config)
+    space = space_of(task, config)
     study = Study(storage, digest_of(task, config, space), space, seed=config.seed)
     race = _Race(task=task, config=config, study=study, progress=progress, measure=measure)
     try:
@@ -129,8 +127,8 @@ class _Race:
 
     def search(self, space: Mapping[str, Values]) -> None:
         """Heats of single properties, of leaders combined, of what optuna suggests, and of batches."""
-        self.heats([each for each in _single_settings(space) if not self._is_default(each)])
-        self.heats(list(_combined(self._ranked()[:LEADERS])))
+        self.heats([each for each in single_settings(space) if not self._is_default(each)])
+        self.heats(list(combined(self._ranked()[:LEADERS])))
         for _ in range(SUGGESTED_HEATS):
             fresh = [] if self.is_late else self.study.suggest(HEAT_SIZE - 1)
             self.heats([Setting(properties=each) for each in fresh])
@@ -192,7 +190,7 @@ class _Race:
 
     def _is_default(self, setting: Setting) -> bool:
         """Whether the device already does this by default."""
-        return all(_word(self.track.default.get_property(key)) == value for key, value in setting.properties.items)
+        return all(word(self.track.default.get_property(key)) == value for key, value in setting.properties.items)
 
     def _ranked(self, *, of_batches: bool = False) -> list[SettingTrial]:
         """The leaders of the model as it is, or of other batches, fastest first."""
@@ -415,34 +413,3 @@ def _judged(entrant: Entrant | SettingTrial, state: SettingState, reason: str, r
         measurement=result.of(name),
         comparison=result.compare(DEFAULT, name),
     )
-
-
-def _word(value: object) -> str:
-    """A property's value as it is written when it is set."""
-    if isinstance(value, bool):
-        return "YES" if value else "NO"
-    return str(value.get_type_name()) if isinstance(value, ov.Type) else str(value).rpartition(".")[2]
-
-
-def _space(task: TuneTask, config: TuneConfig) -> dict[str, Values]:
-    """The properties that may move, with their values, in the order of their names."""
-    is_stream = config.goal is Goal.THROUGHPUT
-    found = axes(task.device, task.spec, is_stream=is_stream, model=task.model)
-    fixed = config.base.as_dict()
-    return {key: values for key, values in sorted(found.items()) if key not in fixed}
-
-
-def _single_settings(space: Mapping[str, Values]) -> Iterator[Setting]:
-    for key, values in space.items():
-        yield from (Setting(properties=RuntimeProperties.of({key: value})) for value in values)
-
-
-def _combined(leaders: Sequence[SettingTrial]) -> Iterator[Setting]:
-    """Every two leaders of different properties joined, and all three."""
-    for size in (2, 3):
-        for chosen in combinations((each.properties.as_dict() for each in leaders), size):
-            merged: dict[str, str] = {}
-            for each in chosen:
-                merged |= each
-            if len(merged) == sum(len(each) for each in chosen):
-                yield Setting(properties=RuntimeProperties.of(merged))
