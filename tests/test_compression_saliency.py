@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -402,6 +403,13 @@ def test_a_reader_that_does_not_see_a_unit_is_not_asked_about_it():
     order = order_by_surgery([reader, blind])
     assert order[3] == 3  # all that `blind` reads
     assert order[0] == min(range(3), key=lambda unit: refit_loss(reader, [unit]))
+
+
+def test_a_reader_whose_outputs_never_move_has_no_say():
+    reader = random_reader(np.random.default_rng(2), units=4, taps=2, fixed=0, outputs=3)
+    still = dataclasses.replace(reader, covariance=np.zeros((8, 8)))
+    assert order_by_surgery([reader, still]).tolist() == order_by_surgery([reader]).tolist()
+    assert nested_damage(still, np.arange(4)).tolist() == [0.0] * 5
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

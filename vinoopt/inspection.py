@@ -9,6 +9,7 @@ from pathlib import Path
 
 import openvino as ov
 
+from vinoopt.compression.folding import find_branches
 from vinoopt.compression.groups import find_groups
 from vinoopt.compression.scope import resolve_ignored
 from vinoopt.frontend.normalize import load_model
@@ -34,6 +35,8 @@ class Inspection(Record):
     """Groups of channels that can be pruned."""
     blocked: tuple[PruningGroup, ...]
     """Groups that cannot, with the reason."""
+    stand_ins: dict[str, tuple[int, ...]]
+    """Last layer of a residual branch that one layer may stand for -> windows of that layer worth trying."""
     frozen: dict[str, str]
     """Layer -> why it freezes what it touches."""
     messages: tuple[str, ...]
@@ -62,6 +65,7 @@ def inspect_model(
         is_transformer=source.is_transformer,
         groups=coupling.groups,
         blocked=coupling.blocked,
+        stand_ins={b.end: b.kernels for b in find_branches(source.model, coupling)},
         frozen={layer.name: layer.reason for layer in coupling.frozen},
         messages=source.messages,
     )

@@ -33,6 +33,7 @@ from vinoopt.forecast import Forecast
 from vinoopt.frontend.normalize import SourceModel, load_model, require_static
 from vinoopt.frontend.parity import check_parity
 from vinoopt.hardware.detect import fingerprint
+from vinoopt.hardware.isa import saturates_int8
 from vinoopt.hardware.profile import HOST, resolve
 from vinoopt.records import (
     AccuracyBudget,
@@ -45,7 +46,6 @@ from vinoopt.records import (
     DropType,
     Event,
     Manifest,
-    Precision,
     PreprocessSpec,
     Preset,
     QuantizationPlan,
@@ -563,14 +563,13 @@ def _search_options(
     material: Material, spec: DeviceSpec, ignored: tuple[str, ...], deadlines: Deadlines | None
 ) -> SearchOptions:
     request, source = material.request, material.source
-    saturates = spec.kind is Device.CPU and Precision.INT8 not in spec.precisions  # no VNNI
     return SearchOptions(
         base=QuantizationPlan(
             preset=request.preset or _preset_for(spec, source),
             subset_size=request.subset_size,
             float_layers=ignored,
             is_transformer=source.is_transformer,
-            overflow_fix=saturates,
+            overflow_fix=saturates_int8(spec),
         ),
         quantize=request.quantize and not source.quantized,
         prune=request.prune and not source.quantized,

@@ -59,6 +59,10 @@ def _lines(found: Inspection, *, show_all: bool) -> list[str]:
         for g in found.groups[:limit]
     ]
     lines += _more(len(found.groups), limit)
+    if found.stand_ins:
+        lines.append(f"{len(found.stand_ins)} residual branches may become one layer")
+        lines += [f"  ending in {end}" for end in list(found.stand_ins)[:limit]]
+        lines += _more(len(found.stand_ins), limit)
     lines.append(f"{len(found.blocked)} groups cannot")
     lines += [f"  {g.name}: {g.units} {g.kind}: {g.reason}" for g in found.blocked[:limit]]
     lines += _more(len(found.blocked), limit)

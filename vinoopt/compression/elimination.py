@@ -26,6 +26,8 @@ _PENDING_COLUMNS = 256
 _EXACT_COLUMNS = 1024
 _LEAST_DAMPING = 1e-12
 """For columns that never move: keeps the covariance invertible."""
+_STILL = 1e-24
+"""A variance below which outputs do not move: nothing is lost with them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +47,12 @@ class Reader:
     def variance(self) -> float:
         """Variance of the outputs, summed over them."""
         return float(np.einsum("ij,ij->", self.covariance @ self.weights, self.weights))
+
+    @property
+    def weight(self) -> float:
+        """What a squared error of the outputs counts: one over their variance, 0 where they never move."""
+        variance = self.variance
+        return 1.0 / variance if variance > _STILL else 0.0
 
 
 def order_by_surgery(readers: Sequence[Reader]) -> Indices:
@@ -80,7 +88,7 @@ def nested_damage(reader: Reader, order: Indices) -> Matrix:
     factor = cholesky(_damped(reader)[np.ix_(columns, columns)], lower=False)
     energy = np.square(factor @ reader.weights[columns]).sum(axis=1)
     lost = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
-    damage: Matrix = lost[ends] / max(reader.variance, np.finfo(np.float64).tiny)
+    damage: Matrix = lost[ends] * reader.weight
     return damage
 
 
@@ -120,7 +128,7 @@ class _Elimination:
         self._units = np.arange(units)
         # Float32 halves the traffic of large matrices; their damping keeps the inverse far from its precision.
         dtype = np.float64 if len(source) <= _EXACT_COLUMNS else np.float32
-        scale = max(reader.variance, np.finfo(np.float64).tiny) ** -0.5
+        scale = reader.weight**0.5
         self._weights = np.where(is_real[:, None], scale * reader.weights[source], 0.0).astype(dtype)
         self._base = np.eye(len(source), dtype=dtype)
         real = np.flatnonzero(is_real)

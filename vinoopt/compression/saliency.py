@@ -349,7 +349,7 @@ def _unit_sums(reader: Reader, per_column: Matrix) -> Matrix:
 def _by_energy(readers: Sequence[Reader]) -> Indices:
     scores = [
         _unit_sums(reader, np.diag(reader.covariance) * np.square(reader.weights).sum(axis=1))
-        / reader.variance
+        * reader.weight
         for reader in readers
     ]
     return np.argsort(np.sum(scores, axis=0), kind="stable")
