@@ -95,13 +95,14 @@ def percentile_ranges(
     """
     values = np.concatenate(rounds)
     edges = np.unique(np.quantile(values, np.linspace(0, 1, min(_BINS, len(values))), method="nearest"))
-    counts = np.stack([np.bincount(np.searchsorted(edges, each), minlength=len(edges)) for each in rounds])
+    places = (np.minimum(np.searchsorted(edges, each), len(edges) - 1) for each in rounds)
+    counts = np.stack([np.bincount(each, minlength=len(edges)).astype(np.float64) for each in places])
     below = np.cumsum(_drawn(len(rounds), seed) @ counts, axis=1)
     found = []
     for percentile in percentiles:
         wanted = below[:, -1:] * (percentile / 100)
-        places = np.minimum((below < wanted).sum(axis=1), len(edges) - 1)
-        found.append(_range(edges[places], float(np.percentile(values, percentile))))
+        reached = np.minimum((below < wanted).sum(axis=1), len(edges) - 1)
+        found.append(_range(edges[reached], float(np.percentile(values, percentile))))
     return tuple(found)
 
 
@@ -110,12 +111,12 @@ def median_range(rounds_ms: Sequence[float], *, seed: int = 0) -> Range:
     return percentile_ranges([np.array([each]) for each in rounds_ms], (50,), seed=seed)[0]
 
 
-def _drawn(rounds: int, seed: int) -> NDArray[np.int64]:
+def _drawn(rounds: int, seed: int) -> NDArray[np.float64]:
     """How often each round comes in each resample."""
     block = max(round(rounds ** (1 / 3)), 1)
     starts = np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, -(-rounds // block)))
     chosen = ((starts[:, :, None] + np.arange(block)) % rounds).reshape(RESAMPLES, -1)[:, :rounds]
-    return np.stack([np.bincount(each, minlength=rounds) for each in chosen])
+    return np.stack([np.bincount(each, minlength=rounds).astype(np.float64) for each in chosen])
 
 
 def _range(resampled: NDArray[np.float64], point: float) -> Range:
