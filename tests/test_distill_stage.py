@@ -200,7 +200,7 @@ def test_the_deadline_ends_the_stage(tmp_path: Path) -> None:
 def test_a_run_that_time_cuts_counts_for_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "_PATIENCE", 0.3)
     judge = judge_in(tmp_path, max_drop=0.0)
-    options = StageOptions(deadline=time.monotonic() + 25.0)
+    options = StageOptions(deadline=time.monotonic() + 16.0)
     result = distill_beyond(judge, found_by(judge, {0.0: 4}), options, say=lambda text: None)
     runs = [t.plan.distillation.runs for t in result.trials if t.plan.distillation is not None]
     assert runs and any(steps % stage._STEP_QUANTUM for each in runs for steps in each)

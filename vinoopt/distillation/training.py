@@ -194,17 +194,20 @@ class Training:
         reason, saved = "done", time.monotonic()
         mark = int(_REPORTS * self._step / steps)
         while self._step < steps:
+            began = time.monotonic()
             loss = self._one_step()
             self._step += 1
+            step_s = time.monotonic() - began
             if not math.isfinite(loss):
                 reason = "not finite"
                 break
             self._running = loss if self._running is None else 0.95 * self._running + 0.05 * loss
-            is_late = self.deadline is not None and time.monotonic() > self.deadline
+            is_late = self.deadline is not None and time.monotonic() + step_s > self.deadline
+            is_last = is_late or self._step == steps
             now = int(_REPORTS * self._share() + 1e-9)
-            if now > mark or self._step == steps or is_late:
+            if now > mark or is_last:
                 mark = now
-                if now >= _FIRST_LOOK:
+                if now >= _FIRST_LOOK or is_last:
                     self._look()
                 self._report()
             if (is_late and self._step < steps) or self._is_stale():
