@@ -94,6 +94,7 @@ def test_what_is_left_is_pruned_and_refitted_with_the_stand_in():
     small = kit.thoroughly(widths)
     layers = index_contractions(small)
     assert (layers["last"].columns, layers["last"].outputs) == (8 * 9, 8)
+    assert kit.proven(widths) < 1e-5
     untouched = kit.roughly(kit.widths({"first": 0, trunk: 8}))
     assert error(model, small) < error(model, untouched)
 

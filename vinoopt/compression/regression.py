@@ -37,8 +37,8 @@ def _controller() -> ThreadpoolController:
 
 
 def solve(covariance: Matrix, cross: Matrix, scale: float) -> Matrix:
-    """`(covariance + scale * mean variance * I)^-1 cross`, for a symmetric covariance."""
-    if not len(covariance):
+    """`(covariance + scale * mean variance * I)^-1 cross`, for a symmetric covariance; 0 where nothing varies."""
+    if not covariance.diagonal().any():
         return np.zeros_like(cross)
     damped = covariance.copy()
     level = max(scale, _LEAST_RIDGE) * float(np.mean(np.diag(covariance)))

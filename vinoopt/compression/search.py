@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import openvino as ov
+
 from vinoopt import serde
 from vinoopt.alarm import TimeIsUp, until
 from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge, first_line
@@ -25,7 +27,7 @@ from vinoopt.compression.quantize import import_nncf
 from vinoopt.compression.weight_search import search_weights
 from vinoopt.compression.width_search import BlockTables, WidthSearch
 from vinoopt.compression.widths import prepare
-from vinoopt.records import CompressionPlan, Trial, TrialState
+from vinoopt.records import CompressionPlan, GroupWidth, Trial, TrialState
 
 Beyond: TypeAlias = Callable[[float], tuple[CompressionPlan, ...]]
 """From a share of the time of the best plan without pruning to plans of little damage that are predicted to take no
@@ -188,7 +190,13 @@ class _Run:
         if kit is None:
             self.reasons.append("no group of channels of this model can be removed; see vinoopt inspect")
             return
-        workshop.prune, workshop.correct = kit.thoroughly, kit.corrected
+        differences: list[float] = []
+
+        def pruned(widths: tuple[GroupWidth, ...]) -> ov.Model:
+            differences.append(kit.proven(widths))
+            return kit.thoroughly(widths)
+
+        workshop.prune, workshop.correct = pruned, kit.corrected
         stage = WidthSearch(
             self.judge,
             kit,
@@ -201,6 +209,11 @@ class _Run:
         )
         self.beyond = stage.beyond
         self.reasons += stage.run(BlockTables(damages=self.damages, gains_us=self.gains))
+        if differences:
+            self.reasons.append(
+                f"surgery was proven on {len(differences)} pruned models: before the refit they differ from the "
+                f"whole model with the same channels at zero by at most {max(differences):.1g} of their outputs"
+            )
 
     def _inside(self) -> list[Trial]:
         return [t for t in self.judge.trials if t.state is TrialState.COMPLETE and t.latency is not None]

@@ -18,7 +18,7 @@ from vinoopt.compression.folding import Branch, StandIn, find_branches, fit_stan
 from vinoopt.compression.groups import Coupling, find_groups
 from vinoopt.compression.refit import RefitSettings, correct_bias, mean_outputs, refit_local, refit_sequential
 from vinoopt.compression.saliency import Statistics, UnitOrder, collect_statistics, order_units
-from vinoopt.compression.surgery import PrunedModel, apply_pruning
+from vinoopt.compression.surgery import PrunedModel, apply_pruning, verify_pruning, zeroed_reference
 from vinoopt.errors import CompressionError, PlanError
 from vinoopt.records import GroupWidth, PruningGroup
 
@@ -31,6 +31,8 @@ MAX_BYTES = 512 << 20
 """Of calibration inputs held in memory for them."""
 MIN_CALLS = 32
 _KEPT_GROUNDS = 8
+_PROVING, _PROVEN = 2, 1e-3
+"""Calls on which surgery is proven, and the relative difference that rounding may cause, in deep networks too."""
 _LEAST_LASTING = 0.02
 _TINY = 1e-12
 
@@ -79,6 +81,22 @@ class PruningKit:
         """Removed and refitted from the float model's statistics alone: quick, for damage tables."""
         ground, _ = self._parted(widths)
         return refit_local(ground.model, self.cut(widths), ground.statistics)
+
+    def proven(self, widths: Sequence[GroupWidth]) -> float:
+        """How far the cut model, before any refit, is from the whole one with the same units zeroed at their readers.
+
+        Relative, on real inputs; `CompressionError` beyond what rounding explains: then the surgery was wrong.
+        """
+        ground, rest = self._parted(widths)
+        smaller = apply_pruning(ground.model, ground.coupling, rest).model
+        reference = zeroed_reference(ground.model, ground.coupling, rest)
+        difference = verify_pruning(smaller, reference, self.samples[:_PROVING])
+        if difference > _PROVEN:
+            raise CompressionError(
+                f"the smaller model differs from the whole one with the same channels at zero by {difference:.2g} of "
+                f"its outputs, where rounding gives less than {_PROVEN:g}: one of its operators was not cut right"
+            )
+        return difference
 
     def thoroughly(self, widths: tuple[GroupWidth, ...], *, calls: int | None = None) -> ov.Model:
         """Removed and refitted layer by layer on the pruned model's own activations, of so many calibration calls."""
