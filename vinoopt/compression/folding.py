@@ -85,24 +85,37 @@ class StandIn:
 
 def find_branches(model: ov.Model, coupling: Coupling) -> tuple[Branch, ...]:
     """Branches of at least two layers that end in a residual add, in graph order."""
-    order = {node: place for place, node in enumerate(model.get_ordered_ops())}
-    contractions = index_contractions(model)
-    found = (_branch(each, order, contractions, coupling) for each in contractions.values())
+    graph = _Graph(model)
+    found = (_branch(each, graph, coupling) for each in graph.contractions.values())
     return tuple(branch for branch in found if branch is not None)
 
 
-def _branch(
-    end: Contraction, order: Mapping[ov.Node, int], contractions: Mapping[str, Contraction], coupling: Coupling
-) -> Branch | None:
+class _Graph:
+    """What is asked of a model's nodes again and again."""
+
+    def __init__(self, model: ov.Model) -> None:
+        self.contractions = index_contractions(model)
+        self.layers = {each.node for each in self.contractions.values()}
+        self.order: dict[ov.Node, int] = {}
+        self.fixed: set[ov.Node] = set()
+        """Nodes whose values depend on constants alone."""
+        for place, node in enumerate(model.get_ordered_ops()):
+            self.order[node] = place
+            sources = [value.get_node() for value in node.input_values()]
+            if node.get_type_name() == "Constant" or (sources and self.fixed.issuperset(sources)):
+                self.fixed.add(node)
+
+
+def _branch(end: Contraction, graph: _Graph, coupling: Coupling) -> Branch | None:
     join = residual_join(end)
     is_product = end.type == "MatMul" and end.weight_port == 1
     if join is None or not (is_product or (end.type == "Convolution" and end.groups == 1)):
         return None
-    region = _region(end, join[1], order, contractions)
+    region = _region(end, join[1], graph)
     if region is None:
         return None
     source, nodes = region
-    inside = {name: each for name, each in contractions.items() if each.node in nodes}
+    inside = {name: each for name, each in graph.contractions.items() if each.node in nodes}
     groups = [group for group in coupling.groups if {*group.producers, *group.consumers} <= inside.keys()]
     read = [group for group in groups if group.can_vanish and end.name in group.consumers]
     strides = _strides(source, end.node.output(0), is_product=is_product)
@@ -122,15 +135,12 @@ def _branch(
     )
 
 
-def _region(
-    end: Contraction, other: ov.Output, order: Mapping[ov.Node, int], contractions: Mapping[str, Contraction]
-) -> tuple[ov.Output, set[ov.Node]] | None:
+def _region(end: Contraction, other: ov.Output, graph: _Graph) -> tuple[ov.Output, set[ov.Node]] | None:
     """What the branch's first layers read, and the nodes from there to its end; None where it is not that simple.
 
     Walks back from the end; where all that is open is one tensor, the branch may begin there. Of such places the
     one nearest to the end that has all of the branch's layers behind it is taken, as behind a normalisation.
     """
-    layers = {each.node for each in contractions.values()}
     shared = {other.get_node(), *_ancestors(other.get_node())}
     nodes = {end.node}
     waiting = {end.data}
@@ -138,18 +148,18 @@ def _region(
     while waiting:
         if len(waiting) == 1:
             (only,) = waiting
-            count = len(nodes & layers)
+            count = len(nodes & graph.layers)
             if best is None or count > best[0]:
                 best = (count, only, set(nodes))
             if only.get_node() in shared:
                 break
-        latest = max(waiting, key=lambda output: order.get(output.get_node(), -1))
+        latest = max(waiting, key=lambda output: graph.order[output.get_node()])
         node = latest.get_node()
         if node in shared or not node.get_input_size():
             return None  # two tensors of the trunk, or an input of the model, are read
         waiting = {output for output in waiting if output.get_node() != node}
         nodes.add(node)
-        waiting |= {value for value in node.input_values() if not _is_fixed(value)}
+        waiting |= {value for value in node.input_values() if value.get_node() not in graph.fixed}
     if best is None:
         return None
     _, source, inside = best
@@ -172,14 +182,6 @@ def _ancestors(node: ov.Node) -> set[ov.Node]:
                 found.add(above)
                 stack.append(above)
     return found
-
-
-def _is_fixed(value: ov.Output) -> bool:
-    """Whether a tensor depends on constants alone."""
-    node = value.get_node()
-    return node.get_type_name() == "Constant" or (
-        node.get_input_size() > 0 and all(_is_fixed(each) for each in node.input_values())
-    )
 
 
 def _strides(source: ov.Output, made: ov.Output, *, is_product: bool) -> tuple[int, ...] | None:

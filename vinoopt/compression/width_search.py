@@ -32,6 +32,8 @@ _LEAST_GAIN = 0.02
 """Candidates that differ by less than this share of the predicted time are not both judged."""
 _RESERVES = {False: (0.5,), True: (0.65, 0.35)}
 """Whether the search is thorough -> shares of the best candidate's damage at which milder ones are judged."""
+_TRIALS_AHEAD = 4
+"""Candidates that usually follow while the path is still inside the budget."""
 _SHALLOWER = 2
 """Plans that let branches go, for each share of time that is asked for."""
 _REFITTED = {False: 2, True: 5}
@@ -170,6 +172,7 @@ class WidthSearch:
         """
         low, high, best = 0, first, None
         while not self._is_late():
+            self._expect(_TRIALS_AHEAD)
             trial = self._judged(path.places[high])
             if trial.state is not TrialState.COMPLETE:
                 break
@@ -194,6 +197,7 @@ class WidthSearch:
             if path.places[middle].time_us > ground_us - step:
                 low = middle
                 continue
+            self._expect(math.ceil(math.log2(high - low)))
             trial = self._judged(path.places[middle])
             if trial.state is TrialState.COMPLETE:
                 low, best = middle, trial
@@ -371,6 +375,12 @@ class WidthSearch:
         plan = self._plan(place)
         self.say(f"{plan.title}: {self._words(plan)}")
         return self.judge.judge(plan, note=self._words(plan))
+
+    def _expect(self, trials: int) -> None:
+        """Tell that so many trials are left, as far as can be foretold."""
+        known = [t.seconds for t in self.judge.trials if t.plan.widths and t.seconds]
+        if known:
+            self.judge.forecast.still("widths", trials * sum(known) / len(known))
 
     def _plan(self, place: Place) -> CompressionPlan:
         plan = serde.replace(self.ground, widths=self.kit.widths(place.widths))
