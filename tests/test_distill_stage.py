@@ -125,8 +125,8 @@ def found_by(judge: Judge, widths: Mapping[float, int]) -> SearchResult:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "STAGE_S", 12.0)
     monkeypatch.setattr(stage, "BUILDING_SHARE", 0.9)
-    monkeypatch.setattr(stage, "_STEP_QUANTUM", 30)
-    monkeypatch.setattr(stage, "_LEAST_STEPS", 30)
+    monkeypatch.setattr(stage, "_STEP_QUANTUM", 10)
+    monkeypatch.setattr(stage, "_LEAST_STEPS", 10)
 
 
 def test_faster_candidates_are_trained_in_rounds_and_may_win(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_faster_candidates_are_trained_in_rounds_and_may_win(tmp_path: Path) -> 
     first_round = [t for t in trained if t.plan.distillation is not None and len(t.plan.distillation.runs) == 1]
     kept = [len(t.plan.widths[0].kept) for t in first_round]
     damages = {n: judge.damage(pruned(n), lambda n=n: judge.workshop.build(pruned(n))) for n in (4, 6)}  # type: ignore[misc]
-    assert kept == sorted(damages, key=lambda n: damages[n]), "the least damaged first"
+    assert kept and kept == sorted(damages, key=lambda n: damages[n])[: len(kept)], "the least damaged first"
     assert all(t.plan.title.startswith("distilled pruned int8") for t in trained)
     longer = [t for t in trained if t not in first_round]
     for trial in longer:  # a further run goes on where a shorter one ended, and only where that was not enough
@@ -147,7 +147,7 @@ def test_faster_candidates_are_trained_in_rounds_and_may_win(tmp_path: Path) -> 
         assert before.state is TrialState.OVER_BUDGET
         assert trial.drop is not None and before.drop is not None and trial.drop < before.drop + 0.02
     rounds = [line for line in said if line.startswith("round ")]
-    assert rounds[0].startswith("round 1: 2 candidates")
+    assert rounds[0].startswith(f"round 1: {len(kept)} candidates"), "as many as there is time for"
     assert said.index(rounds[0]) > max(n for n, line in enumerate(said) if line.startswith("building "))
     assert result.reasons[0] == "searched" and "distillation" in result.reasons[-1]
     assert any("agreement" in line for line in said)

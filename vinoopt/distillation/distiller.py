@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,31 +12,22 @@ import numpy as np
 import openvino as ov
 import torch
 
-from vinoopt.accuracy.datasets import Dataset
-from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.distillation.augment import Augment, find_augment
 from vinoopt.distillation.equality import check_batches, check_equality
-from vinoopt.distillation.losses import Loss, OutputLoss, is_row_shape, output_loss, relative_error
+from vinoopt.distillation.losses import Loss, is_row_shape, output_loss, relative_error
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.rules import failing, wide
+from vinoopt.distillation.school import CHECKED, School, bytes_of, device, digest_of
+from vinoopt.distillation.standing import Departure
 from vinoopt.distillation.training import Batch, Material, Outcome, Progress, Training, TrainingSettings
 from vinoopt.distillation.weights import Key
 from vinoopt.errors import DataError, DistillationError
 from vinoopt.records import DistillationPlan
 
-HELD_SHARE, MOST_HELD = 0.1, 384
-"""Of the inputs, to be looked at only: a share, and at most so many calls. One half chooses the best state, the other
-judges it, since what was chosen from looks better than it is."""
-LEAST_HELD, MOST_SHARE = 32, 0.25
-"""So many calls are looked at where that is no more than this share: with fewer the best state is found by chance."""
-LEAST_INPUTS = 16
-HELD_BYTES, INPUT_BYTES, EXAMPLE_BYTES = 512 << 20, 1 << 30, 256 << 20
-"""Of the calls that are held back with their outputs; of inputs that are kept in memory, not read anew in every step;
-of the values from which the spread of the teacher's is taken."""
+EXAMPLE_BYTES = 256 << 20
+"""Of the values from which the spread of the teacher's is taken."""
 STEP_BYTES = 2 << 30
 """Of the values inside the student in one pass: a step of more calls is taken in several."""
-_CHECKED = 4
-"""Calls on which a mirror has to equal OpenVINO."""
 _EXAMPLES = 32
 """Calls on which the spread of the teacher's values is taken."""
 _JOINS = frozenset({"Add"})
@@ -46,8 +35,6 @@ _MOST_INNER = 6
 _PACE_STEPS = 10
 _LATER_RATE = 0.4
 """Peak rate of a run, over that of the run before it, whose end it must not undo."""
-_SIGNED_CALLS = 32
-"""Of the inputs, in a checkpoint's signature."""
 Say = Callable[[str, int, int], None]
 """A message, steps done and steps in all."""
 
@@ -89,124 +76,6 @@ class Cost:
     step_s: float
 
 
-# --------------------------------------------------------------------------- what all students share
-
-
-class _Calls(Sequence[Batch]):
-    """Calls as tensors, in the order of the model's inputs; whole numbers in 8 bits stay, to save memory."""
-
-    def __init__(self, data: Dataset, names: Sequence[str]) -> None:
-        self.data = data
-        self.names = names
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        sample = self.data[index]
-        return [torch.from_numpy(np.ascontiguousarray(sample[name])) for name in self.names]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class School:
-    """A teacher and its inputs, ready for any student."""
-
-    teacher: ov.Model
-    mirror: Mirror
-    is_batched: bool
-    """Whether the teacher's mirror takes several calls as one."""
-    inputs: Sequence[Batch]
-    """To learn from."""
-    held: Sequence[Batch]
-    """To choose the best state by."""
-    judged: Dataset
-    """To judge it by."""
-    reference: Predictions
-    """The teacher's outputs on them, computed in f32."""
-    labels: Sequence[Any] | None
-    """Class numbers of the inputs, where there are any."""
-    digest: str
-    """Of teacher and inputs."""
-
-
-def open_school(teacher: ov.Model, data: Dataset, *, seed: int) -> School:
-    """The teacher's mirror and the inputs in parts.
-
-    Raises `DistillationError` for an operator without a rule, for a mirror that does not equal OpenVINO, for
-    outputs without a gradient, and for too few inputs.
-    """
-    if len(data) < LEAST_INPUTS:
-        raise DistillationError(f"{len(data)} inputs are too few to distil from; give at least {LEAST_INPUTS}")
-    if not any(output.get_element_type().is_real() for output in teacher.outputs):
-        raise DistillationError(
-            "all outputs are whole numbers, which have no gradient; end the model before its ArgMax or TopK"
-        )
-    names = _names(teacher, data)
-    order = np.random.default_rng(seed).permutation(len(data))
-    count = _held_count(teacher, data)
-    held, judged = data.subset(order[: count // 2]), data.subset(order[count // 2 : count])
-    learn = data.subset(order[count:]).held(INPUT_BYTES)
-    inputs = _Calls(learn, names)
-    with failing("making the teacher's image in PyTorch"):
-        mirror = Mirror(teacher.clone(), trains=False)
-        check_equality(mirror, inputs[:_CHECKED])
-    is_batched = check_batches(mirror, inputs[:3])
-    mirror.place(_device())
-    labels = learn.labels if isinstance(learn.labels, np.ndarray) else None
-    return School(
-        teacher=teacher,
-        mirror=mirror,
-        is_batched=is_batched,
-        inputs=inputs,
-        held=_Calls(held, names)[:],
-        judged=judged,
-        reference=predict(teacher, judged, properties={"INFERENCE_PRECISION_HINT": "f32"}),
-        labels=None if labels is None else [torch.as_tensor(each, dtype=torch.int64).reshape(-1) for each in labels],
-        digest=_digest(teacher, [*inputs[:_SIGNED_CALLS], [torch.tensor(len(data))]]),
-    )
-
-
-def _names(model: ov.Model, data: Dataset) -> list[str]:
-    """The data's name of every input, in their order."""
-    names = []
-    for output in model.inputs:
-        known = {*output.get_names(), output.get_node().get_friendly_name()}
-        name = next((each for each in data[0] if each in known), None)
-        if name is None:
-            raise DistillationError(f"the data hold no input named {' or '.join(sorted(known))}")
-        names.append(name)
-    return names
-
-
-def _held_count(teacher: ov.Model, data: Dataset) -> int:
-    """How many calls are held back: enough to tell states apart, and no more than memory has room for."""
-    least = min(LEAST_HELD, int(len(data) * MOST_SHARE))
-    call = sum(array.nbytes for array in data[0].values()) + sum(map(_bytes, teacher.outputs))
-    most = max(min(MOST_HELD, HELD_BYTES // max(call, 1)), 4)
-    return min(max(int(len(data) * HELD_SHARE), least), most)
-
-
-def _bytes(output: ov.Output) -> int:
-    """Of one value in float32; 0 where its shape is open."""
-    shape = output.get_partial_shape()
-    return 4 * math.prod(shape.to_shape()) if shape.is_static else 0
-
-
-def _digest(model: ov.Model, calls: Sequence[Batch] = ()) -> str:
-    """Of a model's operators and constants, and of inputs."""
-    content = hashlib.sha256()
-    for node in model.get_ordered_ops():
-        content.update(f"{node.get_type_name()} {node.get_attributes()}".encode())  # names may be new in every run
-        if node.get_type_name() == "Constant" and node.get_element_type().get_type_name() != "string":
-            content.update(np.ascontiguousarray(node.get_data()).tobytes())
-    for call in calls:
-        for each in call:
-            content.update(each.numpy().tobytes())
-    return content.hexdigest()
-
-
 # --------------------------------------------------------------------------- one student
 
 
@@ -225,10 +94,10 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
     work = student.clone()
     with failing("making the model's image in PyTorch"):
         mirror = Mirror(work)
-        check_equality(mirror, school.inputs[:_CHECKED])
+        check_equality(mirror, school.inputs[:CHECKED])
         material = _material(mirror, school, plan, run)
-    mirror.place(_device())
-    departure = _Departure(school)
+    mirror.place(device())
+    departure = Departure(school)
     before = departure.of(student)
     run.say(f"training on {len(school.inputs)} inputs, {len(school.judged)} kept for judgement", 0, plan.runs[-1])
     outcome = Training(
@@ -245,7 +114,7 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
         ),
         deadline=run.deadline,
         checkpoint=run.checkpoint,
-        signature=f"{plan.model_dump_json()} {_digest(student)} {school.digest}" if run.checkpoint else "",
+        signature=f"{plan.model_dump_json()} {digest_of(student)} {school.digest}" if run.checkpoint else "",
         on_progress=lambda progress: run.say(progress_words(progress), progress.step, progress.steps),
     ).run()
     with failing("writing what was trained"):
@@ -339,7 +208,7 @@ def _is_row(output: ov.Output) -> bool:
 def _together(student: Mirror, plan: DistillationPlan) -> int:
     """Calls of one pass: those of a step, or as many as memory has room for."""
     whole = max(plan.batch // (student.own_batch or 1), 1)
-    call = sum(_bytes(output) for node in student.model.get_ops() for output in node.outputs())
+    call = sum(bytes_of(output) for node in student.model.get_ops() for output in node.outputs())
     return max(min(whole, STEP_BYTES // max(call, 1)), 1)
 
 
@@ -369,75 +238,3 @@ def _inner_keys(student: Mirror, teacher: Mirror, call: Batch) -> list[tuple[Key
         places = np.linspace(0, len(equal) - 1, _MOST_INNER).round().astype(int)
         equal = [equal[place] for place in places]
     return [(own[title], its[title]) for title in equal]
-
-
-def _device() -> str:
-    """Where PyTorch trains: on CUDA or an Intel GPU that it sees, else on the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    xpu = getattr(torch, "xpu", None)
-    return "xpu" if xpu is not None and xpu.is_available() else "cpu"
-
-
-# --------------------------------------------------------------------------- judgement
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Standing:
-    """How far a model's outputs are from the teacher's, call by call."""
-
-    distances: np.ndarray[Any, Any]
-    agreement: float | None
-
-    @property
-    def distance(self) -> float:
-        return float(self.distances.mean())
-
-    def doubt_over(self, before: _Standing) -> str:
-        """Why this is not surely nearer than `before`; empty where it is."""
-        gains = before.distances - self.distances
-        error = float(gains.std(ddof=1)) / math.sqrt(len(gains))
-        if not float(gains.mean()) > error:
-            return f"that is no more than chance (standard error {error:.2g})"
-        if self.agreement is not None and before.agreement is not None and self.agreement < before.agreement:
-            return "fewer decisions are the float model's"
-        return ""
-
-    def words_after(self, before: _Standing) -> str:
-        count = len(self.distances)
-        text = f"divergence from the float model on {count} held-back inputs {before.distance:.4g} before, "
-        text += f"{self.distance:.4g} after"
-        if self.agreement is None or before.agreement is None:
-            return text
-        return f"{text}; agreement {before.agreement:.1%} and {self.agreement:.1%}"
-
-
-class _Departure:
-    """Compares a model's outputs on the inputs kept for judgement with the teacher's, by the losses of training."""
-
-    def __init__(self, school: School) -> None:
-        self.data = school.judged
-        endings = [None if ending is None else ending.kind for ending in school.mirror.endings]
-        self.wanted = [[torch.tensor(v) for v in call.values()] for call in school.reference]
-        columns = [[call[place] for call in self.wanted] for place in range(len(endings))]
-        outputs: list[OutputLoss] = [
-            output_loss(_stacked(values), ending=ending) for values, ending in zip(columns, endings, strict=True)
-        ]
-        self.loss = Loss(outputs=outputs, inner=[])
-
-    def of(self, model: ov.Model) -> _Standing:
-        """The standing of a model as it is deployed."""
-        with failing("running the model in OpenVINO"):
-            outputs = [[torch.tensor(v) for v in call.values()] for call in predict(model, self.data)]
-        pairs = list(zip(outputs, self.wanted, strict=True))
-        shares = [self.loss.agreement(own, its) for own, its in pairs]
-        known = [share for share in shares if share is not None]
-        return _Standing(
-            distances=np.array([float(self.loss.of_outputs(own, its)) for own, its in pairs]),
-            agreement=sum(known) / len(known) if known else None,
-        )
-
-
-def _stacked(calls: Sequence[Any]) -> Any:
-    """Calls one behind the other; the first alone where their shapes differ."""
-    return torch.cat(list(calls)) if len({tuple(call.shape) for call in calls}) == 1 else calls[0]

@@ -74,7 +74,8 @@ def distill(
     and for outputs without a gradient, and what reading model and data raises.
     """
     require_torch()
-    from vinoopt.distillation.distiller import Run, open_school, train
+    from vinoopt.distillation.distiller import Run, train
+    from vinoopt.distillation.school import open_school
 
     model = _model(compressed)
     master = _teacher(teacher, preprocess, shape)

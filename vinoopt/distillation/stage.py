@@ -29,7 +29,8 @@ from vinoopt.records import CompressionPlan, DistillationPlan, GroupWidth, Trial
 from vinoopt.store import digest
 
 if TYPE_CHECKING:
-    from vinoopt.distillation.distiller import Cost, School
+    from vinoopt.distillation.distiller import Cost
+    from vinoopt.distillation.school import School
 
 STAGE_S = 1200.0
 """For the whole stage, without a time limit."""
@@ -311,7 +312,7 @@ class _Stage:
 
     def _opened(self) -> School:
         """Teacher and inputs, made ready once for all runs."""
-        from vinoopt.distillation.distiller import open_school
+        from vinoopt.distillation.school import open_school
 
         if self._school is None:
             workshop = self.judge.workshop

@@ -1,0 +1,157 @@
+"""What all students of a teacher share: its mirror, its outputs, and inputs in parts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+
+from vinoopt.accuracy.datasets import Dataset
+from vinoopt.accuracy.evaluate import Predictions, predict
+from vinoopt.distillation.equality import check_batches, check_equality
+from vinoopt.distillation.mirror import Mirror
+from vinoopt.distillation.rules import failing
+from vinoopt.distillation.training import Batch
+from vinoopt.errors import DistillationError
+
+HELD_SHARE, MOST_HELD = 0.1, 384
+"""Of the inputs, to be looked at only: a share, and at most so many calls. One half chooses the best state, the other
+judges it, since what was chosen from looks better than it is."""
+LEAST_HELD, MOST_SHARE = 32, 0.25
+"""So many calls are looked at where that is no more than this share: with fewer the best state is found by chance."""
+LEAST_INPUTS = 16
+HELD_BYTES, INPUT_BYTES = 512 << 20, 1 << 30
+"""Of the calls that are held back with their outputs; of inputs that stay in memory, not read anew in every step."""
+CHECKED = 4
+"""Calls on which a mirror has to equal OpenVINO."""
+_SIGNED_CALLS = 32
+"""Of the inputs, in a checkpoint's signature."""
+
+
+class _Calls(Sequence[Batch]):
+    """Calls as tensors, in the order of the model's inputs; whole numbers in 8 bits stay, to save memory."""
+
+    def __init__(self, data: Dataset, names: Sequence[str]) -> None:
+        self.data = data
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        sample = self.data[index]
+        return [torch.from_numpy(np.ascontiguousarray(sample[name])) for name in self.names]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class School:
+    """A teacher and its inputs, ready for any student."""
+
+    teacher: ov.Model
+    mirror: Mirror
+    is_batched: bool
+    """Whether the teacher's mirror takes several calls as one."""
+    inputs: Sequence[Batch]
+    """To learn from."""
+    held: Sequence[Batch]
+    """To choose the best state by."""
+    judged: Dataset
+    """To judge it by."""
+    reference: Predictions
+    """The teacher's outputs on them, computed in f32."""
+    labels: Sequence[Any] | None
+    """Class numbers of the inputs, where there are any."""
+    digest: str
+    """Of teacher and inputs."""
+
+
+def open_school(teacher: ov.Model, data: Dataset, *, seed: int) -> School:
+    """The teacher's mirror and the inputs in parts.
+
+    Raises `DistillationError` for an operator without a rule, for a mirror that does not equal OpenVINO, for
+    outputs without a gradient, and for too few inputs.
+    """
+    if len(data) < LEAST_INPUTS:
+        raise DistillationError(f"{len(data)} inputs are too few to distil from; give at least {LEAST_INPUTS}")
+    if not any(output.get_element_type().is_real() for output in teacher.outputs):
+        raise DistillationError(
+            "all outputs are whole numbers, which have no gradient; end the model before its ArgMax or TopK"
+        )
+    names = _names(teacher, data)
+    order = np.random.default_rng(seed).permutation(len(data))
+    count = _held_count(teacher, data)
+    held, judged = data.subset(order[: count // 2]), data.subset(order[count // 2 : count])
+    learn = data.subset(order[count:]).held(INPUT_BYTES)
+    inputs = _Calls(learn, names)
+    with failing("making the teacher's image in PyTorch"):
+        mirror = Mirror(teacher.clone(), trains=False)
+        check_equality(mirror, inputs[:CHECKED])
+    is_batched = check_batches(mirror, inputs[:3])
+    mirror.place(device())
+    labels = learn.labels if isinstance(learn.labels, np.ndarray) else None
+    return School(
+        teacher=teacher,
+        mirror=mirror,
+        is_batched=is_batched,
+        inputs=inputs,
+        held=_Calls(held, names)[:],
+        judged=judged,
+        reference=predict(teacher, judged, properties={"INFERENCE_PRECISION_HINT": "f32"}),
+        labels=None if labels is None else [torch.as_tensor(each, dtype=torch.int64).reshape(-1) for each in labels],
+        digest=digest_of(teacher, [*inputs[:_SIGNED_CALLS], [torch.tensor(len(data))]]),
+    )
+
+
+def _names(model: ov.Model, data: Dataset) -> list[str]:
+    """The data's name of every input, in their order."""
+    names = []
+    for output in model.inputs:
+        known = {*output.get_names(), output.get_node().get_friendly_name()}
+        name = next((each for each in data[0] if each in known), None)
+        if name is None:
+            raise DistillationError(f"the data hold no input named {' or '.join(sorted(known))}")
+        names.append(name)
+    return names
+
+
+def _held_count(teacher: ov.Model, data: Dataset) -> int:
+    """How many calls are held back: enough to tell states apart, and no more than memory has room for."""
+    least = min(LEAST_HELD, int(len(data) * MOST_SHARE))
+    call = sum(array.nbytes for array in data[0].values()) + sum(map(bytes_of, teacher.outputs))
+    most = max(min(MOST_HELD, HELD_BYTES // max(call, 1)), 4)
+    return min(max(int(len(data) * HELD_SHARE), least), most)
+
+
+def bytes_of(output: ov.Output) -> int:
+    """Of one value in float32; 0 where its shape is open."""
+    shape = output.get_partial_shape()
+    return 4 * math.prod(shape.to_shape()) if shape.is_static else 0
+
+
+def digest_of(model: ov.Model, calls: Sequence[Batch] = ()) -> str:
+    """Of a model's operators and constants, and of inputs."""
+    content = hashlib.sha256()
+    for node in model.get_ordered_ops():
+        content.update(f"{node.get_type_name()} {node.get_attributes()}".encode())  # names may be new in every run
+        if node.get_type_name() == "Constant" and node.get_element_type().get_type_name() != "string":
+            content.update(np.ascontiguousarray(node.get_data()).tobytes())
+    for call in calls:
+        for each in call:
+            content.update(each.numpy().tobytes())
+    return content.hexdigest()
+
+
+def device() -> str:
+    """Where PyTorch trains: on CUDA or an Intel GPU that it sees, else on the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    xpu = getattr(torch, "xpu", None)
+    return "xpu" if xpu is not None and xpu.is_available() else "cpu"

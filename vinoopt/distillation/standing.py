@@ -1,0 +1,80 @@
+"""How far a model's outputs are from its teacher's in OpenVINO, and whether they came nearer for certain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+
+from vinoopt.accuracy.evaluate import predict
+from vinoopt.distillation.losses import Loss, OutputLoss, output_loss
+from vinoopt.distillation.rules import failing
+from vinoopt.distillation.school import School
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Standing:
+    """How far a model's outputs are from the teacher's, call by call."""
+
+    distances: np.ndarray[Any, Any]
+    agreement: float | None
+
+    @property
+    def distance(self) -> float:
+        """The mean."""
+        return float(self.distances.mean())
+
+    def doubt_over(self, before: Standing) -> str:
+        """Why this is not surely nearer than `before`; empty where it is."""
+        gains = before.distances - self.distances
+        error = float(gains.std(ddof=1)) / math.sqrt(len(gains))
+        if not float(gains.mean()) > error:
+            return f"that is no more than chance (standard error {error:.2g})"
+        if self.agreement is not None and before.agreement is not None and self.agreement < before.agreement:
+            return "fewer decisions are the float model's"
+        return ""
+
+    def words_after(self, before: Standing) -> str:
+        """Both in words."""
+        count = len(self.distances)
+        text = f"divergence from the float model on {count} held-back inputs {before.distance:.4g} before, "
+        text += f"{self.distance:.4g} after"
+        if self.agreement is None or before.agreement is None:
+            return text
+        return f"{text}; agreement {before.agreement:.1%} and {self.agreement:.1%}"
+
+
+class Departure:
+    """Compares a model's outputs on the inputs kept for judgement with the teacher's, by the losses of training."""
+
+    def __init__(self, school: School) -> None:
+        self.data = school.judged
+        endings = [None if ending is None else ending.kind for ending in school.mirror.endings]
+        self.wanted = [[torch.tensor(v) for v in call.values()] for call in school.reference]
+        columns = [[call[place] for call in self.wanted] for place in range(len(endings))]
+        outputs: list[OutputLoss] = [
+            output_loss(_stacked(values), ending=ending) for values, ending in zip(columns, endings, strict=True)
+        ]
+        self.loss = Loss(outputs=outputs, inner=[])
+
+    def of(self, model: ov.Model) -> Standing:
+        """The standing of a model as it is deployed."""
+        with failing("running the model in OpenVINO"):
+            outputs = [[torch.tensor(v) for v in call.values()] for call in predict(model, self.data)]
+        pairs = list(zip(outputs, self.wanted, strict=True))
+        shares = [self.loss.agreement(own, its) for own, its in pairs]
+        known = [share for share in shares if share is not None]
+        return Standing(
+            distances=np.array([float(self.loss.of_outputs(own, its)) for own, its in pairs]),
+            agreement=sum(known) / len(known) if known else None,
+        )
+
+
+def _stacked(calls: Sequence[Any]) -> Any:
+    """Calls one behind the other; the first alone where their shapes differ."""
+    return torch.cat(list(calls)) if len({tuple(call.shape) for call in calls}) == 1 else calls[0]
