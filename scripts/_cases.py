@@ -6,7 +6,6 @@ Development models are looked for in VINOOPT_SHARED, else in ../shared beside th
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +27,6 @@ from vinoopt.records import Comparison, PreprocessSpec
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("VINOOPT_SHARED", ROOT.parent / "shared"))
 CIFAR = (PreprocessSpec(mean=(123.675, 116.28, 103.53), scale=(58.395, 57.12, 57.375)),)
-STATUS = Path("/proc/self/status")
 CALIBRATION = 1000
 """Most images that calibration and refit may see where a model's data has a part for them."""
 
@@ -235,25 +233,3 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
-
-
-def peak_bytes() -> int:
-    """The high-water mark of this process's resident memory, its libraries included.
-
-    On Linux not that of `getrusage`, which begins with the parent's.
-    """
-    if sys.platform.startswith("linux"):
-        line = next(each for each in STATUS.read_text().splitlines() if each.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
-def say(text: str) -> None:
-    """Talk goes to stderr; stdout belongs to the table."""
-    print(text, file=sys.stderr, flush=True)

@@ -150,13 +150,14 @@ def replay_in_child(
     properties: RuntimeProperties | None = None,
     file: str = MODEL,
     export: Path | None = None,
+    env: Mapping[str, str | None] | None = None,
 ) -> dict[str, Any]:
     """The bundle reopened by plain OpenVINO in a fresh process and compared with its golden outputs.
 
     It runs on the target's own device with the properties in its folder, unless others are given. `file` is the IR or
-    the blob; a blob of what was run is left at `export`. Gives departure, tolerance, calls, OpenVINO's version and
-    the compiled model's requirements; see `vinoopt.replay`. Raises `ToolchainError` subclasses where the process
-    fails.
+    the blob; a blob of what was run is left at `export`; `env` is laid over the environment. Gives departure,
+    tolerance, calls, OpenVINO's version and the compiled model's requirements; see `vinoopt.replay`. Raises
+    `ToolchainError` subclasses where the process fails.
     """
     request = {
         "folder": str(folder.resolve()),
@@ -167,7 +168,7 @@ def replay_in_child(
         "export": export is not None,
     }
     collect = {} if export is None else {BLOB: export}
-    return run_child("vinoopt.replay", request=request, timeout_s=REPLAY_TIMEOUT_S, collect=collect).values
+    return run_child("vinoopt.replay", request=request, timeout_s=REPLAY_TIMEOUT_S, collect=collect, env=env).values
 
 
 def replace_blob(bundle: Bundle, result: TargetResult, blob: Path, *, requirements: str | None) -> Bundle:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from vinoopt import bundle as bundles
 from vinoopt.accuracy.datasets import Dataset, Splits, from_arrays, load_dataset, split
 from vinoopt.accuracy.evaluate import Predictions, check_fit, predict, score
 from vinoopt.accuracy.metrics import SQNR_CEILING_DB, Metric, find_metric
+from vinoopt.bench.memory import peak_bytes
 from vinoopt.bundle import Bundle
 from vinoopt.compiler import yardstick_for
 from vinoopt.compression.build import Workshop
@@ -57,7 +58,6 @@ from vinoopt.records import (
 from vinoopt.schedule import TUNING_S, Deadlines, Facts, announce, divide, final_seconds
 from vinoopt.selection import Choice, TestPart, choose, trial_line
 from vinoopt.store import Store
-from vinoopt.toolchains.host import compile_here
 from vinoopt.tuning import TuneConfig, TuneTask, Variant, first_departure
 from vinoopt.tuning import tune as tune_properties
 from vinoopt.yardsticks import HostYardstick, TargetYardstick
@@ -651,8 +651,8 @@ def _all_tuned(
     tuned = list(choices)
     try:
         for place, choice in enumerate(choices):
-            left = TUNING_S if deadlines is None else (deadlines.tuning - time.monotonic()) / (len(choices) - place)
-            tuned[place] = _tuned(material, choice, min(left / 2, TUNING_S) if deadlines else TUNING_S)
+            left = math.inf if deadlines is None else (deadlines.tuning - time.monotonic()) / (len(choices) - place)
+            tuned[place] = _tuned(material, choice, min(left, 2 * TUNING_S))
     except KeyboardInterrupt:
         material.say(Event(stage="tune", message="interrupted: the bundle is written with what is known"))
         tuned[place] = replace(choices[place], interrupted=True)
@@ -662,7 +662,7 @@ def _all_tuned(
 def _tuned(material: Material, choice: Choice, seconds: float) -> Choice:
     """The choice with properties that beat the latency hint beyond noise, where the device is here.
 
-    `seconds` are for the heats; the final and the duel take about as much again.
+    `seconds` are for the whole race: heats, final and duel.
     """
     yardstick = choice.yardstick
     if choice.interrupted or not isinstance(yardstick, HostYardstick):
@@ -712,7 +712,7 @@ def _write(
             ir = bundles.write_target(folder, slug, choice.model, choice.properties)
             build = choice.yardstick.compile(ir, choice.properties, ir.with_name("model.blob"))
             bundles.write_properties(folder, slug, build.properties)
-            outputs[slug] = _golden_outputs(ir, choice.yardstick, build.properties, golden)
+            outputs[slug] = choice.yardstick.golden_outputs(ir, build.properties, golden)
             tolerances[slug] = bundles.tolerance_of(choice.plan)
             results.append(_result(choice, build))
         bundles.write_golden(folder, golden, outputs, tolerances)
@@ -731,21 +731,13 @@ def _write(
             trials=sum(len(choice.trials) for choice in choices),
             interrupted=any(choice.interrupted for choice in choices),
             seconds=time.monotonic() - started,
-            peak_memory_bytes=_peak_memory_bytes(),
+            peak_memory_bytes=peak_bytes(),
             messages=material.messages,
             stages_s=dict(material.forecast.took),
         )
         trials = [trial for choice in choices for trial in choice.trials]
         manifest = bundles.write_documents(folder, manifest, trials)
     return Bundle(path=place.resolve(), manifest=manifest)
-
-
-def _golden_outputs(
-    ir: Path, yardstick: TargetYardstick, properties: RuntimeProperties, golden: Sequence[Mapping[str, Array]]
-) -> list[list[Array]]:
-    device, used = yardstick.replay_on(properties)
-    compiled = compile_here(ir, device, used.as_dict())
-    return [[np.array(value) for value in compiled(dict(sample)).values()] for sample in golden]
 
 
 def _result(choice: Choice, build: Build) -> TargetResult:
@@ -769,12 +761,20 @@ def _check_replay(folder: Path, yardstick: TargetYardstick, result: TargetResult
     Raises `DeviceError` where the outputs are not the golden ones.
     """
     device, properties = yardstick.replay_on(result.properties)
-    answer = bundles.replay_in_child(folder, result, device=device, properties=properties)
+    answer = bundles.replay_in_child(
+        folder, result, device=device, properties=properties, env=yardstick.replay_environment
+    )
     if not answer["departure"] <= answer["tolerance"]:
         raise DeviceError(
             f"{result.target}: reopened in a fresh process the model departs from its golden outputs by "
             f"{answer['departure']:.3g} of their range (tolerance {answer['tolerance']:g}); nothing was written"
             f"{_where(folder, yardstick, result)}"
+        )
+    if not answer["disagreement"] <= answer["choice_tolerance"]:
+        raise DeviceError(
+            f"{result.target}: reopened in a fresh process the model chooses otherwise than its golden outputs in "
+            f"{answer['disagreement']:.1%} of places (tolerance {answer['choice_tolerance']:.0%}); nothing was "
+            f"written{_where(folder, yardstick, result)}"
         )
 
 
@@ -785,14 +785,3 @@ def _where(folder: Path, yardstick: TargetYardstick, result: TargetResult) -> st
     run = Variant(model=model, device=device.value, properties=properties.as_dict())
     found = first_departure(Variant(model=model), run, bundles.golden_inputs(folder))
     return "" if found is None else f"; against f32 on the CPU it {found.sentence}"
-
-
-def _peak_memory_bytes() -> int | None:
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)  # macOS counts in bytes, Linux in KiB

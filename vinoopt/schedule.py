@@ -10,7 +10,7 @@ from vinoopt.forecast import Forecast
 FINAL_S = {"fast": 1.5, "balanced": 4.0, "thorough": 8.0}
 """Per contestant of a final comparison, by effort."""
 TUNING_S = 15.0
-"""For the heats of runtime settings."""
+"""For the heats of runtime settings; the final and the duel have as much."""
 LEAST_SEARCH = 0.4
 """Of a time limit, what the search has even where the stages that must follow would leave less."""
 _FINAL_SHARE = 0.02
@@ -119,5 +119,5 @@ def announce(forecast: Forecast, facts: Facts, *, targets: int) -> None:
     if targets > 1:
         forecast.expect("further targets", (targets - 1) * sum(stages.values()), is_cut=False)
     if facts.is_tuned:
-        forecast.expect("tune", 1.6 * TUNING_S, is_cut=False)
+        forecast.expect("tune", 2 * TUNING_S, is_cut=False)
     forecast.expect("write", _WRITING_S + 2 * facts.overhead_s, is_cut=False)
