@@ -10,8 +10,8 @@ JSON line per model and target goes to the output as soon as it is known; lines 
 not made again, so a run that was interrupted goes on where it was, but what was not checked is tried once more. A
 table of all lines follows at the end; of emulated times, which are this host's, only the ratio means anything.
 
-By default three NPU platforms, three generations of graphics and three CPU instruction sets; --all takes one
-target for each platform, generation and instruction set of the shipped profiles.
+By default three NPU platforms, three generations of graphics and four CPU instruction sets, of which a host may
+lack one; --all takes one target for each platform, generation and instruction set of the shipped profiles.
 """
 
 from __future__ import annotations
@@ -62,10 +62,12 @@ TARGETS = (
     "ice-lake:GPU",
     "alder-lake:GPU",
     "skylake:CPU",
+    "skylake-sp:CPU",
     "alder-lake:CPU",
     "ice-lake:CPU",
 )
-"""NPU 3720, 4000, 5010; Gen9, Gen11, Xe-LP, which the driver of Debian 12 serves; AVX2, AVX2-VNNI, AVX512-VNNI."""
+"""NPU 3720, 4000, 5010; Gen9, Gen11, Xe-LP, which the driver of Debian 12 serves;
+AVX2, AVX-512, AVX2-VNNI, AVX512-VNNI."""
 EVERY_TARGET = "every"
 """Stands for the target of a file that OpenVINO does not read."""
 MAC_TYPES = frozenset(
