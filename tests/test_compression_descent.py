@@ -48,6 +48,25 @@ def test_cheapest_damage_per_time_goes_first_and_the_path_ends_with_everything_n
     assert places[-1].damage == pytest.approx(additive(steps[-1]))
 
 
+def test_a_step_that_saves_less_than_the_clock_tells_is_not_taken():
+    ground = Ground(units=UNITS, damages=alone(), least_us={"b": 2.0, "c": 1.0})
+    steps = [dict(place.widths) for place in walk(Descent(ground, predict=predict, probe=additive))]
+    assert not any("c" in widths or widths.get("b") == 3 for widths in steps)
+    assert steps[-1] == {"a": 1, "b": 2}
+
+
+def test_from_units_to_a_stand_in_to_nothing_and_never_back():
+    left = {2: 0.5, -3: 0.3, -1: 0.2, 0: 0.0}  # share of the time that is left
+    harm = {2: 0.02, -3: 0.03, -1: 0.1, 0: 0.9}
+    ground = Ground(units={"a": 4}, damages={"a": harm})
+    descent = Descent(
+        ground,
+        predict=lambda widths, floats: 10.0 * left.get(widths.get("a", 4), 1.0),
+        probe=lambda widths: harm.get(widths.get("a", 4), 0.0),
+    )
+    assert [dict(place.widths) for place in walk(descent)[1:]] == [{"a": 2}, {"a": -3}, {"a": -1}, {"a": 0}]
+
+
 def test_damage_that_is_made_up_for_behind_counts_for_less():
     def first_steps(lasting: Mapping[str, Mapping[int, float]]) -> tuple[set[str], list[Place]]:
         ground = Ground(units=UNITS, damages=alone(), lasting=lasting)

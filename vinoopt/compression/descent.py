@@ -53,6 +53,8 @@ class Ground:
     lasting: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     """Group -> width -> what is left in the end of the damage that probes see, as a share; 1 where it is not named.
     What is lost early in a network can be made up for behind, which probes are too quick to do."""
+    least_us: Mapping[str, float] = field(default_factory=dict)
+    """Group -> what a step of it must be predicted to save at least; less may be noise of the clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class Descent:
     def extend(self) -> Place | None:
         """The next place; None where nothing is left that saves time, or the time is up."""
         here = self.places[-1]
-        gains = {move: gain for move in self._moves(here) if (gain := self._gain(here, move)) > _TINY}
+        gains = {move: gain for move in self._moves(here) if (gain := self._gain(here, move)) > self._least_us(move)}
         measured: dict[_Move, float] = {}
         while gains and not self._is_late():
             prices = {move: self._delta(here, move, measured) / gain for move, gain in gains.items()}
@@ -118,6 +120,9 @@ class Descent:
             current = here.widths.get(group, self._ground.units[group])
             yield from (_Move(group, width) for width in damages if size_of(width) < size_of(current))
         yield from (_Move(name, None) for name in here.floats & self._ground.block_damages.keys())
+
+    def _least_us(self, move: _Move) -> float:
+        return _TINY + (0.0 if move.width is None else self._ground.least_us.get(move.group, 0.0))
 
     def _gain(self, here: Place, move: _Move) -> float:
         return here.time_us - self._predict(self._widths(here, move), self._floats(here, move))

@@ -24,14 +24,16 @@ from vinoopt.compression.widths import (
     width_damages,
     with_best_orders,
 )
-from vinoopt.records import CompressionPlan, GroupWidth, Trial, TrialState
+from vinoopt.records import CompressionPlan, Evidence, GroupWidth, Trial, TrialState
 
 _RATIOS = (0.25, 0.5)
 """Shares of channels removed at which blocks are timed."""
 _LEAST_GAIN = 0.02
 """Candidates that differ by less than this share of the predicted time are not both judged."""
-_RESERVES = {False: (0.5,), True: (0.65, 0.35)}
-"""Whether the search is thorough -> shares of the best candidate's damage at which milder ones are judged."""
+_RESERVES = {False: (0.6,), True: (0.8, 0.5)}
+"""Whether the search is thorough -> shares of the best gain at which milder candidates are judged."""
+_COUNTED_US = 1.0
+"""Time per layer that counters on a device of this machine do not tell apart; they count whole microseconds."""
 _TRIALS_AHEAD = 4
 """Candidates that usually follow while the path is still inside the budget."""
 _SHALLOWER = 2
@@ -126,6 +128,7 @@ class WidthSearch:
                 block_damages={name: tables.damages[name] for name in self.free},
                 floats=self.free,
                 lasting=self.lasting,
+                least_us=self._least_us(),
             ),
             predict=predict,
             probe=lambda widths: self._probe(self.kit.widths(widths)),
@@ -144,26 +147,22 @@ class WidthSearch:
 
     def _reserves(self, path: Descent, best: Trial) -> None:
         """Judge milder places before the best one: the test part may refuse what the search part let pass."""
-        limit = self.judge.budget.max_drop
-        if best.drop_high is not None and best.drop_high <= limit:
+        if best.drop_high is not None and best.drop_high <= self.judge.budget.max_drop:
             return
         reached = next((place for place in path.places if self._plan(place) == best.plan), None)
         if reached is None:
             return
-        step = _LEAST_GAIN * self.ground_us
-        last = reached
+        gain_us, step_us = self.ground_us - reached.time_us, _LEAST_GAIN * self.ground_us
+        last_us = reached.time_us
         for share in _RESERVES[self.is_thorough]:
-            milder = [
-                place
-                for place in path.places
-                if place.damage <= share * reached.damage
-                and last.time_us + step < place.time_us < self.ground_us - step
-            ]
-            if not milder or self._is_late():
+            latest = self.ground_us - min(share * gain_us, self.ground_us - last_us - step_us)
+            milder = [p for p in path.places if p.damage < reached.damage and p.time_us >= latest]
+            place = min(milder, key=lambda p: p.time_us, default=None)
+            if place is None or place.time_us > self.ground_us - step_us or self._is_late():
                 return
-            last = min(milder, key=lambda place: place.time_us)
-            if not self.judge.knows(self._plan(last)):
-                self._judged(last)
+            last_us = place.time_us
+            if not self.judge.knows(self._plan(place)):
+                self._judged(place)
 
     def _follow(self, path: Descent, first: int, ground_us: float) -> Trial | None:
         """The fastest candidate inside the budget along the path, whose reach doubles until it has left it.
@@ -245,6 +244,15 @@ class WidthSearch:
         return [dict(chosen) for chosen in lightest_subsets(damages, savings, need, count=_SHALLOWER)]
 
     # ------------------------------------------------------------------ tables
+
+    def _least_us(self) -> Mapping[str, float]:
+        """Group -> time that a step has to save to be believed: what its layers' counters tell apart."""
+        anchor = next((t.latency for t in self.judge.trials if t.plan == self.ground and t.latency), None)
+        if anchor is None or anchor.evidence not in (Evidence.MEASURED, Evidence.EMULATED):
+            return {}
+        return {
+            group.name: _COUNTED_US * len({*group.producers, *group.consumers}) for group in self.kit.coupling.groups
+        }
 
     def _time_us(self, clock: Clock, widths: Mapping[str, int]) -> float:
         """Of all blocks, the layers that stand for branches included."""
