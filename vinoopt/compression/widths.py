@@ -50,8 +50,8 @@ class Ground:
 class PruningKit:
     """What pruning needs of one model: its groups, statistics of its activations, and the order units leave in.
 
-    Widths are numbers of units that stay. A negative one, -k, says that none do, and that one layer with a window of k
-    stands for the branch that they belong to.
+    Widths are numbers of units that stay. A negative one, -k, says that none do, and that one layer with a window
+    of k stands for the branch that they belong to.
     """
 
     source: ov.Model
