@@ -61,7 +61,7 @@ def events() -> list[Event]:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> Bundle:
     output = tmp_path_factory.mktemp("out") / "digits"
-    return compile_demo(output, tune=True, effort="balanced", on_event=events.append)
+    return compile_demo(output, tune=True, effort="balanced", time_limit_s=100.0, on_event=events.append)
 
 
 def test_the_result_is_inside_the_budget_and_faster_than_float(bundle: Bundle) -> None:
@@ -324,6 +324,8 @@ def test_compress_gives_the_model_and_its_plan_and_writes_nothing(
         budget=BUDGET,
         quantize=False,
         max_pruning=0.6,
+        effort="fast",
+        time_limit_s=45.0,
     )
     assert made.plan.quantization is None
     assert made.plan.widths, made.reasons

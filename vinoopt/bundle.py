@@ -26,7 +26,7 @@ from vinoopt.records import (
     TargetResult,
     Trial,
 )
-from vinoopt.replay import BLOB, MODEL
+from vinoopt.replay import BLOB, MODEL, TOLERANCES
 from vinoopt.report import render_html
 from vinoopt.toolchains.host import RUNTIME_REQUIREMENTS, compile_here
 from vinoopt.toolchains.process import run_child
@@ -39,11 +39,6 @@ README = "README.md"
 REPORT = "report.html"
 SCHEMA_VERSION = 1
 REPLAY_TIMEOUT_S = 600.0
-
-TOLERANCES = {Precision.F32: 1e-3, Precision.F16: 3e-2, Precision.BF16: 5e-2, Precision.INT8: 1e-1}
-"""Largest departure of a replay from golden outputs, relative to the output's largest value. Kernels of another
-CPU add in another order (f32), round to 8 or 11 bits of mantissa (bf16, f16), or land on the neighbouring
-quantization step, one of 255, in several layers in a row (int8)."""
 
 _README_TEMPLATE = """# {name}, compiled by vinoopt {version}
 

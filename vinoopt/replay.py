@@ -13,10 +13,15 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
+from vinoopt.records import Precision
 from vinoopt.toolchains.host import requirements_of
 from vinoopt.toolchains.process import serve
 
 MODEL, BLOB = "model.xml", "model.blob"
+TOLERANCES = {Precision.F32: 1e-3, Precision.F16: 3e-2, Precision.BF16: 5e-2, Precision.INT8: 1e-1}
+"""Largest departure of a replay from golden outputs, relative to the output's largest value. Kernels of another
+CPU add in another order (f32), round to 8 or 11 bits of mantissa (bf16, f16), or land on the neighbouring
+quantization step, one of 255, in several layers in a row (int8)."""
 CHOICE_TOLERANCE = 0.05
 """Share of ids, or of rows that the model selects, which may differ: near equal scores are ordered by chance."""
 _SELECTING = ("NonMaxSuppression", "Nms", "DetectionOutput", "TopK", "NonZero")

@@ -14,7 +14,6 @@ from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig, measure
-from vinoopt.bundle import TOLERANCES
 from vinoopt.errors import ToolchainCrashed, ToolchainError, ToolchainTimeout
 from vinoopt.records import (
     Build,
@@ -28,7 +27,7 @@ from vinoopt.records import (
     RuntimeProperties,
     Target,
 )
-from vinoopt.replay import departure
+from vinoopt.replay import TOLERANCES, departure
 from vinoopt.toolchains.calls import read_calls, write_calls
 from vinoopt.toolchains.host import HostToolchain, layer_times, npu_platform
 from vinoopt.toolchains.npu_rewrites import rewrite
