@@ -6,6 +6,7 @@ Development models are looked for in VINOOPT_SHARED, else in ../shared beside th
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,3 +234,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+def say(text: str) -> None:
+    """Talk goes to stderr; stdout belongs to the table."""
+    print(text, file=sys.stderr, flush=True)
