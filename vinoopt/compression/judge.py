@@ -185,12 +185,22 @@ class Judge:
         """Whether this run has judged the plan already."""
         return any(trial.plan == plan for trial in self.trials)
 
-    def latencies_ms(self, plans: Sequence[CompressionPlan]) -> tuple[float, ...]:
-        """Latencies of plans that are timed together and not judged, to be compared with each other; kept."""
-        key = f"latencies {self._place} {digest([_key(plan) for plan in plans])}"
+    def latencies_ms(
+        self,
+        plans: Sequence[CompressionPlan],
+        make: Callable[[CompressionPlan], ov.Model] | None = None,
+        *,
+        kind: str = "",
+    ) -> tuple[float, ...]:
+        """Latencies of plans that are timed together and not judged, to be compared with each other; kept.
+
+        `make` gives the models where they are not the plans' own, and `kind` tells how they were made.
+        """
+        build = make or self.workshop.build
+        key = f"latencies {kind} {self._place} {digest([_key(plan) for plan in plans])}"
 
         def measured() -> list[float]:
-            found = self.yardstick.measure_together([(plan, self.workshop.build(plan)) for plan in plans])
+            found = self.yardstick.measure_together([(plan, build(plan)) for plan in plans])
             return [each.latency_p50_ms for each in found]
 
         return tuple(self._tables().once(key, measured))

@@ -43,6 +43,8 @@ _REFITTED = {False: 2, True: 5}
 _REFITTED_CALLS, _REFITTED_S = 256, 60.0
 """Calibration calls for that, and seconds after which no further cut is begun."""
 _TINY = 1e-12
+_LEAST_SHARE = 0.5
+"""Of what counters say, what a layer takes at least when the whole model's latency corrects them."""
 _TIMING_SAMPLES = 4
 """Calibration calls for models that are only timed."""
 
@@ -100,6 +102,8 @@ class WidthSearch:
                 )
             )
         }
+        self._rough: dict[CompressionPlan, ov.Model] = {}
+        """Models that are only timed."""
         self.stand_in_us: Mapping[tuple[str, int], float] = {}
         """(group, kernel) -> time of the layer that stands for its branch."""
 
@@ -247,12 +251,16 @@ class WidthSearch:
 
     def _least_us(self) -> Mapping[str, float]:
         """Group -> time that a step has to save to be believed: what its layers' counters tell apart."""
-        anchor = next((t.latency for t in self.judge.trials if t.plan == self.ground and t.latency), None)
-        if anchor is None or anchor.evidence not in (Evidence.MEASURED, Evidence.EMULATED):
+        if not self._is_counted():
             return {}
         return {
             group.name: _COUNTED_US * len({*group.producers, *group.consumers}) for group in self.kit.coupling.groups
         }
+
+    def _is_counted(self) -> bool:
+        """Whether times of blocks are counters of a device of this machine."""
+        ground = next((t.latency for t in self.judge.trials if t.plan == self.ground and t.latency), None)
+        return ground is not None and ground.evidence in (Evidence.MEASURED, Evidence.EMULATED)
 
     def _time_us(self, clock: Clock, widths: Mapping[str, int]) -> float:
         """Of all blocks, the layers that stand for branches included."""
@@ -266,63 +274,95 @@ class WidthSearch:
                 plain.setdefault(name, width)
         return clock.at(plain) + stand_ins_us
 
-    def _time_stand_ins(self, blocks: Sequence[str], overhead_us: float) -> None:
-        """From models in which every branch has its largest stand-in, then its next smaller one, and so on."""
-        timed: dict[tuple[str, int], float] = {}
-        offered = {name: b.kernels for name, b in self.kit.branches.items() if name in self.offers}
-        for number in range(max(map(len, offered.values()), default=0)):
-            self.say("time of the layers that could stand for branches")
-            kernels = {name: each[number] for name, each in offered.items() if number < len(each)}
-            kept = {name: -kernel for name, kernel in kernels.items()}
-            plan = serde.replace(self.ground, widths=self.kit.widths(kept))
-            try:
-                times = self.judge.block_times(plan, partial(self._timed_model, plan), blocks, kind="rough")
-            except CANDIDATE_ERRORS:
-                times = {}
-            for name, kernel in kernels.items():
-                timed[name, kernel] = times.get(self.kit.branches[name].end, math.inf) + overhead_us
-        self.stand_in_us = timed
-
     def _clock(self) -> Clock:
-        """From models in which groups of one colour, or all, have lost a share of their channels."""
+        """From models in which groups of one colour, or all, have lost channels, or all branches are stood for."""
         blocks = sorted({layer.name for layer in self.kit.coupling.layers})
-        whole = self._timed(frozenset(), 0.0, blocks)
+        whole = self._timed({}, blocks)
         colours = two_colours(self.kit.coupling, whole.times_us)
         every, alone = colours[0] | colours[1], colours if all(colours) else ()
         cuts = [(every, _RATIOS[-1]), *((colour, _RATIOS[-1]) for colour in alone)]
         if self.is_thorough:
             cuts += [(cut, ratio) for ratio in _RATIOS[:-1] for cut in (every, *alone)]
-        timed = [whole]
-        for number, (cut, ratio) in enumerate(cuts):
+        kept = [self._kept(cut, ratio) for cut, ratio in cuts] + self._with_stand_ins()
+        rows = [whole]
+        for number, widths in enumerate(kept):
             if number and self._is_late():
                 break
-            self.say(f"time of the blocks at other widths, {number + 1} of {len(cuts)}")
-            timed.append(self._timed(cut, ratio, blocks))
+            self.say(f"time of the blocks in other models, {number + 1} of {len(kept)}")
+            try:
+                rows.append(self._timed(widths, blocks))
+            except CANDIDATE_ERRORS:
+                if min(widths.values()) > 0:
+                    raise
+                # What cannot be timed is not offered.
         latency = next((t.latency for t in self.judge.trials if t.plan == self.ground), None)
         in_kernels = sum(whole.times_us.values())
         beyond = 0.0 if latency is None else max(latency.latency_p50_ms * 1e3 - in_kernels, 0.0)
         overhead_us = beyond / max(len(blocks), 1)
-        self._time_stand_ins(blocks, overhead_us)
-        return Clock(self.kit.coupling, timed, colours, overhead_us=overhead_us)
+        rows = self._as_a_whole(rows, overhead_us)
+        self.stand_in_us = {
+            (name, -width): row.times_us.get(self.kit.branches[name].end, math.inf) + overhead_us
+            for row in rows
+            for name, width in row.widths.items()
+            if width < 0
+        }
+        narrower = [row for row in rows if all(width > 0 for width in row.widths.values())]
+        return Clock(self.kit.coupling, narrower, colours, overhead_us=overhead_us)
 
-    def _timed(self, cut: frozenset[str], ratio: float, blocks: Sequence[str]) -> TimedWidths:
-        kept = {
+    def _kept(self, cut: frozenset[str], ratio: float) -> dict[str, int]:
+        return {
             group.name: max(round(group.units * (1 - ratio)), 1)
             for group in self.kit.coupling.groups
             if group.name in cut
         }
-        plan = serde.replace(self.ground, widths=self.kit.widths(kept))
+
+    def _with_stand_ins(self) -> list[dict[str, int]]:
+        """Every branch with its largest stand-in, then with its next smaller one, and so on."""
+        offered = {name: branch.kernels for name, branch in self.kit.branches.items() if name in self.offers}
+        longest = max(map(len, offered.values()), default=0)
+        return [
+            {name: -kernels[number] for name, kernels in offered.items() if number < len(kernels)}
+            for number in range(longest)
+        ]
+
+    def _timed(self, widths: Mapping[str, int], blocks: Sequence[str]) -> TimedWidths:
+        plan = serde.replace(self.ground, widths=self.kit.widths(widths))
         times = self.judge.block_times(plan, partial(self._timed_model, plan), blocks, kind="rough")
-        return TimedWidths(widths=kept, times_us=times)
+        return TimedWidths(widths=widths, times_us=times)
+
+    def _as_a_whole(self, rows: Sequence[TimedWidths], overhead_us: float) -> list[TimedWidths]:
+        """The rows, the first the whole model, with what counters of layers do not see shared out among the layers.
+
+        Channels that do not fill a vector may cost conversions between layers; the model as a whole shows them.
+        """
+        if not self._is_counted():
+            return list(rows)
+        plans = [serde.replace(self.ground, widths=self.kit.widths(row.widths)) for row in rows]
+        self.say(f"latency of {len(plans)} models together")
+        try:
+            first_ms, *others_ms = self.judge.latencies_ms(plans, self._timed_model, kind="rough")
+        except CANDIDATE_ERRORS:
+            return list(rows)
+        whole_us = sum(rows[0].times_us.values()) + overhead_us * _layers(rows[0])
+        corrected = [rows[0]]
+        for row, ms in zip(rows[1:], others_ms, strict=True):
+            in_kernels = sum(row.times_us.values())
+            share = (whole_us * ms / first_ms - overhead_us * _layers(row)) / max(in_kernels, _TINY)
+            share = min(max(share, _LEAST_SHARE), 1 / _LEAST_SHARE)
+            times = {name: time_us * share for name, time_us in row.times_us.items()}
+            corrected.append(TimedWidths(widths=row.widths, times_us=times))
+        return corrected
 
     def _timed_model(self, plan: CompressionPlan) -> ov.Model:
         """A model with these widths in the ground's formats, fit for a clock only."""
-        model = self.kit.cut(plan.widths).model
-        if plan.quantization is None:
-            return model
-        recipe = serde.replace(plan.quantization, subset_size=_TIMING_SAMPLES)
-        workshop = self.judge.workshop
-        return quantize(model, recipe, workshop.calibration, device=workshop.device)
+        if plan not in self._rough:
+            model = self.kit.cut(plan.widths).model
+            if plan.quantization is not None:
+                recipe = serde.replace(plan.quantization, subset_size=_TIMING_SAMPLES)
+                workshop = self.judge.workshop
+                model = quantize(model, recipe, workshop.calibration, device=workshop.device)
+            self._rough[plan] = model
+        return self._rough[plan]
 
     def _probe(self, widths: tuple[GroupWidth, ...]) -> float:
         """Damage in float, which is the same for every target."""
@@ -425,6 +465,11 @@ class WidthSearch:
 
     def _is_late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def _layers(row: TimedWidths) -> int:
+    """Layers that were run; those of branches that are gone take no time."""
+    return sum(time_us > 0 for time_us in row.times_us.values())
 
 
 def _first_below(path: Descent, time_us: float) -> Place | None:
