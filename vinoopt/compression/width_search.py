@@ -80,7 +80,7 @@ class WidthSearch:
         """Whether each group's order of leaving is chosen by what it damages, and more widths are timed."""
         self.deadline = deadline
         self.free: frozenset[str] = frozenset()
-        """Blocks whose precision the path chooses too."""
+        """Blocks that are float at the start, and whose precision the path chooses too."""
         self.path: Descent | None = None
         self.clock: Clock | None = None
         self.damages: Mapping[str, Mapping[int, float]] = {}
@@ -138,9 +138,7 @@ class WidthSearch:
             probe=lambda widths: self._probe(self.kit.widths(widths)),
             is_late=self._is_late,
         )
-        recipe = self.ground.quantization
-        floats = frozenset() if recipe is None else self.free & set(recipe.float_layers)
-        self.path, self.ground_us = path, predict({}, floats)
+        self.path, self.ground_us = path, predict({}, self.free)
         first = self._reach(path, damage=0.0, below_us=self.ground_us * (1 - 2 * _LEAST_GAIN))
         if first is None:
             return [f"no narrower group is predicted to save time on {self.judge.yardstick.target}"]
@@ -412,10 +410,14 @@ class WidthSearch:
         return left / max(self.damages[name][width], _TINY)
 
     def _free_blocks(self, tables: BlockTables) -> frozenset[str]:
-        """Blocks whose precision is searched together with the widths: those whose damage is known."""
-        if self.ground.quantization is None:
+        """Float blocks of the ground whose damage in INT8 is known: the path may take them to INT8 too.
+
+        What is INT8 there stays so: a single block in float would cost conversions that the ground does without.
+        """
+        recipe = self.ground.quantization
+        if recipe is None:
             return frozenset()
-        return frozenset(name for name, damage in tables.damages.items() if math.isfinite(damage))
+        return frozenset(name for name in recipe.float_layers if math.isfinite(tables.damages.get(name, math.inf)))
 
     # ------------------------------------------------------------------ candidates
 
