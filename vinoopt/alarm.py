@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_AGAIN_S = 1.0
-
 
 class TimeIsUp(BaseException):
     """The time limit of the block has passed; not an `Exception`, so that no library takes it for a failure."""
@@ -21,9 +19,8 @@ class TimeIsUp(BaseException):
 def until(deadline: float | None) -> Iterator[None]:
     """Raises `TimeIsUp` inside the block at `deadline`, in `time.monotonic` seconds; at once where that has passed.
 
-    Like Ctrl-C it comes between two steps of Python code: a single long call of a library ends first. It rings again
-    every second until the block is left, since Python swallows what is raised inside a finalizer. It needs the main
-    thread and a system with interval timers whose alarm nobody else uses; elsewhere nothing is raised, and
+    Like Ctrl-C it comes between two steps of Python code: a single long call of a library ends first. It needs the
+    main thread and a system with interval timers whose alarm nobody else uses; elsewhere nothing is raised, and
     the block has to look at the clock by itself.
     """
     if deadline is None or not _can_ring():
@@ -35,7 +32,7 @@ def until(deadline: float | None) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, ring)
     try:
-        signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-3), _AGAIN_S)
+        signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-3))
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
