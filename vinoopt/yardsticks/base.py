@@ -114,6 +114,26 @@ class TargetYardstick(Yardstick, Protocol):
         ...
 
 
+class ReplayedHere:
+    """Golden outputs by this process, for targets that are this machine or whose arithmetic cannot be run here."""
+
+    def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
+        """This machine's CPU in f32."""
+        return Device.CPU, F32
+
+    @property
+    def replay_environment(self) -> Mapping[str, str | None]:
+        """Nothing: any process replays it."""
+        return {}
+
+    def golden_outputs(
+        self, ir: Path, properties: RuntimeProperties, calls: Sequence[Sample]
+    ) -> list[list[np.ndarray[Any, Any]]]:
+        """Outputs by `replay_on`, per call in the order of the model's outputs."""
+        device, used = self.replay_on(properties)
+        return outputs_here(ir, device, used, calls)
+
+
 @contextmanager
 def about(target: Target) -> Iterator[None]:
     """Puts the target's name before the message of a toolchain's error."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import openvino as ov
 
 from vinoopt import serde
@@ -36,6 +34,7 @@ from vinoopt.yardsticks.base import (
     F32,
     MAX_SAMPLES,
     Entry,
+    ReplayedHere,
     Sample,
     computes_integers,
     outputs_here,
@@ -49,7 +48,7 @@ _PARITY_SAMPLES = 4
 
 
 @dataclass(kw_only=True)
-class HostYardstick:
+class HostYardstick(ReplayedHere):
     """A device of this machine: everything is measured on it."""
 
     target: Target
@@ -171,18 +170,6 @@ class HostYardstick:
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
         """The device itself."""
         return self.spec.kind, properties
-
-    @property
-    def replay_environment(self) -> Mapping[str, str | None]:
-        """Nothing: any process replays it."""
-        return {}
-
-    def golden_outputs(
-        self, ir: Path, properties: RuntimeProperties, calls: Sequence[Sample]
-    ) -> list[list[np.ndarray[Any, Any]]]:
-        """Outputs by `replay_on`."""
-        device, used = self.replay_on(properties)
-        return outputs_here(ir, device, used, calls)
 
     def ready(self, model: ov.Model) -> ov.Model:
         """The model in the form that the device's compiler takes: itself, but for some layers on an NPU."""

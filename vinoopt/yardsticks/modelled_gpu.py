@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import openvino as ov
 
 from vinoopt import serde
@@ -41,12 +39,11 @@ from vinoopt.store import digest
 from vinoopt.toolchains.gpu import GpuToolchain, has_products, is_reference
 from vinoopt.toolchains.host import known_as
 from vinoopt.yardsticks.base import (
-    F32,
     F32_HERE,
     Entry,
+    ReplayedHere,
     Sample,
     about,
-    outputs_here,
     predict_in_f32,
     runtime_properties,
     saved,
@@ -63,7 +60,7 @@ _SKIPPED: tuple[type[ToolchainError], ...] = (ToolchainMissing, ToolchainCrashed
 
 
 @dataclass(kw_only=True)
-class ModelledGpuYardstick:
+class ModelledGpuYardstick(ReplayedHere):
     """A profile's GPU by the roofline of its figures; the evidence is `MODELLED`, outputs are this CPU's."""
 
     target: Target
@@ -182,22 +179,6 @@ class ModelledGpuYardstick:
             self._builds[content] = serde.replace(without_intended(build, ir), target=self.target)
             self._learn(ov.Core().read_model(ir), build)
         return self._builds[content]
-
-    def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
-        """This machine's CPU in f32: a GPU's arithmetic cannot be run here."""
-        return Device.CPU, F32
-
-    @property
-    def replay_environment(self) -> Mapping[str, str | None]:
-        """Nothing: any process replays it."""
-        return {}
-
-    def golden_outputs(
-        self, ir: Path, properties: RuntimeProperties, calls: Sequence[Sample]
-    ) -> list[list[np.ndarray[Any, Any]]]:
-        """Outputs by `replay_on`."""
-        device, used = self.replay_on(properties)
-        return outputs_here(ir, device, used, calls)
 
     def _not_checked(self, properties: RuntimeProperties, exc: ToolchainError) -> Build:
         message = f"not compiled for {self.spec.name}: {exc}"

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import openvino as ov
 
 from vinoopt import serde
@@ -33,12 +31,11 @@ from vinoopt.toolchains.npu_rewrites import rewrite_file
 from vinoopt.toolchains.npu_routes import openvino_version
 from vinoopt.toolchains.npu_tuning import TILES, NpuTuning, tune_npu
 from vinoopt.yardsticks.base import (
-    F32,
     F32_HERE,
     Entry,
+    ReplayedHere,
     Sample,
     about,
-    outputs_here,
     predict_in_f32,
     runtime_properties,
     saved,
@@ -48,7 +45,7 @@ from vinoopt.yardsticks.modelled import ModelledBench, times_of_blocks
 
 
 @dataclass(kw_only=True)
-class NpuYardstick:
+class NpuYardstick(ReplayedHere):
     """A profile's NPU by its compiler and cost model; the evidence is `MODELLED`, outputs are this CPU's."""
 
     target: Target
@@ -140,22 +137,6 @@ class NpuYardstick:
         return serde.replace(
             build, target=self.target, diagnostics=(*build.diagnostics, _tuned(tuning, properties))
         )
-
-    def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
-        """This machine's CPU in f32: an NPU's arithmetic cannot be run here."""
-        return Device.CPU, F32
-
-    @property
-    def replay_environment(self) -> Mapping[str, str | None]:
-        """Nothing: any process replays it."""
-        return {}
-
-    def golden_outputs(
-        self, ir: Path, properties: RuntimeProperties, calls: Sequence[Sample]
-    ) -> list[list[np.ndarray[Any, Any]]]:
-        """Outputs by `replay_on`."""
-        device, used = self.replay_on(properties)
-        return outputs_here(ir, device, used, calls)
 
     def _base(self, plan: CompressionPlan, model: ov.Model) -> RuntimeProperties:
         """What candidates are compiled with: the number of tiles that is best for the first of their kind.
