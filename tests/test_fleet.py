@@ -22,10 +22,18 @@ import openvino as ov
 import openvino.opset13 as ops
 import pytest
 
+import vinoopt
+from vinoopt.accuracy.datasets import Dataset
 from vinoopt.bench import Contestant, Engine, MeasureConfig
 from vinoopt.cli.main import main
-from vinoopt.errors import InputError
-from vinoopt.fleet import FleetReport, Job, announcement, run
+from vinoopt.demo import demo_files
+from vinoopt.errors import DeviceError, InputError, ToolchainMissing
+from vinoopt.fleet import FleetReport, Job, Line, announcement, connected, run
+from vinoopt.frontend.preprocess import read_preprocess
+from vinoopt.lab import Lab
+from vinoopt.records import Device, Event, Evidence, Target
+from vinoopt.tuning import TuneConfig, TuneTask
+from vinoopt.verification import CheckState, verify
 
 SHORT = MeasureConfig(rounds=5, min_round_ms=0.5, warmup_ms=1)
 SAMPLE = {"x": np.ones((1, 8), np.float32)}
@@ -34,7 +42,7 @@ SAMPLE = {"x": np.ones((1, 8), np.float32)}
 def network(scale: float = 1.0) -> ov.Model:
     x = ops.parameter([1, 8], np.float32, name="x")
     x.output(0).set_names({"x"})
-    return ov.Model([ops.multiply(x, np.float32(scale))], [x], "scale")
+    return ov.Model([ops.multiply(x, np.float32(scale), name="scaled")], [x], "scale")
 
 
 def job(name: str, *, profile: str | None = None, device: str = "CPU", **changes: Any) -> Job:
@@ -119,6 +127,10 @@ class Fleet:
         words = [self.address, "--no-nanny", "--nthreads", "1", "--no-dashboard", "--name", name]
         words += ["--host", "127.0.0.1", "--resources", resources, "--local-directory", str(self.folder)]
         return start(self.processes, "dask_worker", *words, folder=self.folder)
+
+    def wait_for(self, workers: int) -> None:
+        with connected(self.address) as client:
+            client.wait_for_workers(workers, timeout=60)
 
 
 def start(processes: ExitStack, program: str, *words: str, folder: Path) -> subprocess.Popen[bytes]:
@@ -236,3 +248,87 @@ def test_what_cannot_be_sent_and_who_does_not_answer() -> None:
 def test_a_place_without_a_scheduler_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "net.xml", "--on", "lab"]) == 2
     assert "--scheduler" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- the search
+
+
+PRODUCT = """
+schema = 1
+family = "lab"
+title = "The box in the lab"
+sources = ["the test"]
+
+[devices.CPU]
+name = "CPU of the lab"
+architecture = "x86-64"
+precisions = ["f32"]
+channel_multiple = 8
+"""
+
+
+def test_the_search_measures_on_workers_and_goes_on_where_one_is_lost(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "lab-box.toml").write_text(PRODUCT)
+    workers = [fleet.worker(name, "CPU=1,lab-box=1") for name in ("first", "second")]
+    fleet.wait_for(2)
+    files, trials = demo_files(), 0
+
+    def lose_one(event: Event) -> None:
+        nonlocal trials
+        trials += event.stage == "trial"
+        if trials == 2:
+            workers[0].kill()
+
+    bundle = vinoopt.compile(
+        files.model,
+        targets=[f"{tmp_path}/lab-box.toml:CPU"],
+        data=str(files.data),
+        labels="labels",
+        preprocess=read_preprocess(files.preprocess),
+        effort="fast",
+        time_limit_s=15.0,
+        scheduler=fleet.address,
+        output=tmp_path / "digits.vinoopt",
+        on_event=lose_one,
+    )
+    assert trials >= 2
+    assert workers[0].wait(10) != 0
+    (result,) = bundle.manifest.targets
+    assert result.budget_met
+    assert {each.evidence for each in result.measurements} == {Evidence.MEASURED}
+    assert all(" at tcp://127.0.0.1" in each.source for each in result.measurements)
+    assert result.host is not None
+    assert result.host.versions["openvino"] == metadata.version("openvino")
+    assert any("a worker that announces lab-box" in reason for reason in result.reasons)
+    assert CheckState.FAILED not in {check.state for check in verify(bundle, seconds=0).checks}
+
+
+def test_outputs_layers_and_settings_of_a_worker_are_those_of_its_device(fleet: Fleet, tmp_path: Path) -> None:
+    """Which is this one: the same calls here must give the same."""
+    fleet.worker("only", "CPU=1,lab-box=1")
+    (tmp_path / "lab-box.toml").write_text(PRODUCT)
+    target = Target.parse(f"{tmp_path}/lab-box.toml:CPU")
+    model, samples = network(3.0), [{"x": np.full((1, 8), number, np.float32)} for number in range(12)]
+    data = Dataset(reader=samples)
+    with connected(fleet.address) as client:
+        lab = Lab(line=Line(client, patience_s=3.0), target=target)
+        for part in (data, data.subset(range(3)), data):  # the worker keeps what it was sent
+            found = lab.predict(model, part, properties={"INFERENCE_PRECISION_HINT": "f32"}, device=Device.CPU)
+            assert [call["y"].max() for call in map(named("y"), found)] == [3.0 * i for i in range(len(part))]
+        times = lab.layer_times(model, Device.CPU, {}, samples, blocks=["scaled"])
+        assert set(times) == {"scaled"}
+        result = lab.tune(TuneTask(model=model, samples=samples), TuneConfig(seconds=4.0))
+        assert result.trials
+        with pytest.raises(DeviceError, match="no_such_property"):
+            lab.predict(model, data, properties={"no_such_property": "1"}, device=Device.CPU)
+        elsewhere = Lab(line=Line(client, patience_s=0.5), target=Target(profile="nobody", device=Device.NPU))
+        with pytest.raises(ToolchainMissing, match=r"for 0.5 s no worker announced CPU, NPU, nobody"):
+            elsewhere.measure([Contestant(name="a", model=model)], samples, SHORT)
+
+
+def named(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The only output under this name, whatever the model calls it."""
+    return lambda call: {name: next(iter(call.values()))}

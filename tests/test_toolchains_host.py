@@ -25,7 +25,7 @@ from vinoopt.toolchains import npu_worker
 from vinoopt.toolchains.calls import read_calls, write_calls
 from vinoopt.toolchains.host import RUNTIME_REQUIREMENTS, HostToolchain
 from vinoopt.toolchains.process import ChildReply, run_child
-from vinoopt.yardsticks import HostYardstick
+from vinoopt.yardsticks import Here, HostYardstick
 
 F16 = RuntimeProperties.of({"INFERENCE_PRECISION_HINT": "f16"})
 CALL = {"x": np.random.default_rng(0).random((1, 16, 4, 4), dtype=np.float32)}
@@ -68,7 +68,7 @@ def yardstick(kind: Device, run: Any) -> HostYardstick:
     target = Target(profile="host", device=kind)
     toolchain = HostToolchain(run=run)
     return HostYardstick(
-        target=target, spec=spec(kind), reference=network(), samples=[CALL] * 6, toolchain=toolchain
+        target=target, spec=spec(kind), reference=network(), samples=[CALL] * 6, place=Here(toolchain=toolchain)
     )
 
 

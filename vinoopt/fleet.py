@@ -18,7 +18,8 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +29,7 @@ import onnx
 import openvino as ov
 
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig, Sample, measure
-from vinoopt.errors import InputError, VinooptError
+from vinoopt.errors import InputError, ToolchainCrashed, ToolchainMissing, VinooptError
 from vinoopt.hardware.detect import detect_host, fingerprint, match_host
 from vinoopt.records import Device, HostFingerprint, Record
 
@@ -158,7 +159,7 @@ def _run_here(jobs: Sequence[Job], tell: Listener) -> None:
 
 
 def _run_on_fleet(jobs: Sequence[Job], scheduler: str, patience_s: float, tell: Listener) -> None:
-    with _connected(scheduler) as client:
+    with connected(scheduler) as client:
         waiting = {job.name: (job, _submit(client, job)) for job in jobs}
         starving: dict[str, float] = {}
         census_at = 0.0
@@ -182,8 +183,53 @@ def _run_on_fleet(jobs: Sequence[Job], scheduler: str, patience_s: float, tell: 
                 future.cancel()
 
 
+class Line:
+    """A scheduler that is asked one thing at a time, each answered by a worker that has what it needs."""
+
+    def __init__(self, client: Any, *, patience_s: float = PATIENCE_S) -> None:
+        self._client = client
+        self._patience_s = patience_s
+
+    def serves(self, needs: Sequence[str]) -> bool:
+        """Whether a worker announces all of it now."""
+        return any(set(needs) <= set(each) for each in self._client.run_on_scheduler(_census))
+
+    def ask(self, needs: Sequence[str], function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function returns on a worker; asked of another worker where one is lost.
+
+        Raises what the function raises of this package's errors, `ToolchainCrashed` where it ends otherwise or the
+        scheduler is lost, and `ToolchainMissing` where for `patience_s` seconds no worker has what it needs.
+        """
+        since: float | None = None
+        future = self._client.submit(
+            function, *arguments, key=f"errand-{uuid.uuid4().hex}", resources=dict.fromkeys(needs, 1)
+        )
+        try:
+            while future.status == "pending":
+                with suppress(TimeoutError, asyncio.TimeoutError, CancelledError):
+                    future.exception(timeout=_CENSUS_S)  # waits for the end, whatever it is
+                if future.status != "pending" or self.serves(needs):
+                    since = None
+                elif time.monotonic() - (since := since or time.monotonic()) >= self._patience_s:
+                    raise ToolchainMissing(f"for {self._patience_s:g} s no worker announced {', '.join(needs)}")
+            if future.status == "finished":
+                return future.result()
+            reason = future.exception() if future.status == "error" else None
+        except OSError as exc:
+            raise ToolchainCrashed(f"the scheduler was lost: {_words(exc)}") from exc
+        finally:
+            if future.status == "pending":
+                future.cancel()
+        if isinstance(reason, VinooptError):
+            raise reason
+        raise ToolchainCrashed(
+            f"the worker failed: {_words(reason)}" if reason else f"the scheduler gave it up ({future.status})"
+        )
+
+
 @contextmanager
-def _connected(scheduler: str) -> Iterator[Any]:
+def connected(scheduler: str) -> Iterator[Any]:
+    """A client of the scheduler; raises `InputError` where it does not answer or dask is missing."""
     if find_spec("distributed") is None:
         raise InputError('dask.distributed is not installed; pip install "vinoopt[fleet]"')
     import dask

@@ -6,7 +6,8 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from vinoopt.compression.search import SearchOptions, search
 from vinoopt.distillation.needs import require_torch
 from vinoopt.distillation.stage import StageOptions, distill_beyond
 from vinoopt.errors import DataError, DeviceError, InputError, MetricError
+from vinoopt.fleet import Line, connected
 from vinoopt.forecast import Forecast
 from vinoopt.frontend.normalize import SourceModel, load_model, require_static
 from vinoopt.frontend.parity import check_parity
 from vinoopt.hardware.detect import fingerprint
 from vinoopt.hardware.isa import saturates_int8
 from vinoopt.hardware.profile import HOST, resolve
+from vinoopt.lab import needs_of
 from vinoopt.records import (
     AccuracyBudget,
     Build,
@@ -59,7 +62,6 @@ from vinoopt.schedule import TUNING_S, Deadlines, Facts, announce, divide, final
 from vinoopt.selection import Choice, TestPart, choose, trial_line
 from vinoopt.store import Store
 from vinoopt.tuning import TuneConfig, TuneTask, Variant, first_departure
-from vinoopt.tuning import tune as tune_properties
 from vinoopt.yardsticks import HostYardstick, TargetYardstick
 
 Listener = Callable[[Event], None]
@@ -125,6 +127,7 @@ def compile(
     effort: str = "balanced",
     time_limit_s: float | None = None,
     seed: int = 0,
+    scheduler: str | None = None,
     allow_code: bool = False,
     resume: bool = False,
     tune: bool = True,
@@ -137,6 +140,9 @@ def compile(
     `calibration_data` and `test_data` (with `test_labels`) replace the parts that are else split from `data`.
     `targets` are `"PROFILE:DEVICE"`. `output` is the bundle's folder, by default `<model>.vinoopt` in the
     working directory; an existing bundle is replaced only with `force`.
+
+    `scheduler` is the address of a dask scheduler: a target whose product one of its workers announces is measured
+    there, candidate by candidate, instead of being emulated or modelled here.
 
     `tune` races OpenVINO's runtime properties on devices of this machine (not with effort `fast`).
 
@@ -179,20 +185,21 @@ def compile(
         effort=effort,
         time_limit_s=time_limit_s,
         seed=seed,
+        scheduler=scheduler,
         allow_code=allow_code,
     )
     bundles.check_output(place, force=force)
     handed = Handed(data, labels, calibration_data, test_data, test_labels, metric)
     is_tuned = tune and effort != "fast"
-    material, choices = _search_all(
-        request, handed, clock=Clock(started=started, forecast=forecast, is_tuned=is_tuned), resume=resume, say=say
-    )
-    if is_tuned:
-        with forecast.stage("tune"):
-            choices = _all_tuned(material, choices, _deadlines(material, started, targets=1))
-    say(Event(stage="write", message=f"writing {place}"))
-    with forecast.stage("write"):
-        return _write(material, choices, place, started=started)
+    clock = Clock(started=started, forecast=forecast, is_tuned=is_tuned)
+    with _line(request) as line:
+        material, choices = _search_all(request, handed, clock=clock, line=line, resume=resume, say=say)
+        if is_tuned:
+            with forecast.stage("tune"):
+                choices = _all_tuned(material, choices, _deadlines(material, started, targets=1))
+        say(Event(stage="write", message=f"writing {place}"))
+        with forecast.stage("write"):
+            return _write(material, choices, place, started=started)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,6 +209,16 @@ class Clock:
     started: float
     forecast: Forecast
     is_tuned: bool
+
+
+@contextmanager
+def _line(request: CompileRequest) -> Iterator[Line | None]:
+    """To the fleet that the request names, if any."""
+    if request.scheduler is None:
+        yield None
+        return
+    with connected(request.scheduler) as client:
+        yield Line(client)
 
 
 def _with_forecast(listener: Listener | None, forecast: Forecast) -> Listener:
@@ -254,7 +271,8 @@ def compress(
     handed = Handed(data, labels, parts[0], parts[1], parts[2], metric)
     clock = Clock(started=time.monotonic(), forecast=Forecast(), is_tuned=False)
     say = _with_forecast(on_event, clock.forecast)
-    _, (choice,) = _search_all(request, handed, clock=clock, resume=False, say=say)
+    with _line(request) as line:
+        _, (choice,) = _search_all(request, handed, clock=clock, line=line, resume=False, say=say)
     return Compressed(
         model=choice.model,
         plan=choice.plan,
@@ -277,7 +295,7 @@ class Handed:
 
 
 def _search_all(
-    request: CompileRequest, handed: Handed, *, clock: Clock, resume: bool, say: Listener
+    request: CompileRequest, handed: Handed, *, clock: Clock, line: Line | None, resume: bool, say: Listener
 ) -> tuple[Material, list[Choice]]:
     """What all targets share, and the choice for each of them."""
     if request.effort not in EFFORTS:
@@ -304,7 +322,11 @@ def _search_all(
     for message in messages:
         say(Event(stage="data", message=message))
 
-    yardsticks = _yardsticks(request, devices, source, splits)
+    for target in request.targets:
+        if line is not None and target.profile != HOST and not line.serves(needs_of(target)):
+            messages.append(f"{target}: judged here, for no worker announces {', '.join(needs_of(target))}")
+            say(Event(stage="search", message=messages[-1]))
+    yardsticks = _yardsticks(request, devices, source, splits, line)
     say(Event(stage="search", message="float model on the search and test parts"))
     before = time.monotonic()
     search_reference = _reference(source, splits.search)
@@ -416,7 +438,11 @@ def _check_targets(targets: Sequence[Target]) -> list[DeviceSpec]:
 
 
 def _yardsticks(
-    request: CompileRequest, devices: Sequence[DeviceSpec], source: SourceModel, splits: Splits
+    request: CompileRequest,
+    devices: Sequence[DeviceSpec],
+    source: SourceModel,
+    splits: Splits,
+    line: Line | None,
 ) -> list[TargetYardstick]:
     """One per target, all made before the first search, so that what is missing is told before any long work."""
     samples = [splits.test[i] for i in range(min(MEASURED_SAMPLES, len(splits.test)))]
@@ -427,6 +453,7 @@ def _yardsticks(
             reference=source.model,
             samples=samples,
             seconds=final_seconds(without_training(request.effort), request.time_limit_s),
+            line=line,
         )
         for target, spec in zip(request.targets, devices, strict=True)
     ]
@@ -672,26 +699,26 @@ def _tuned(material: Material, choice: Choice, seconds: float) -> Choice:
         return replace(choice, reasons=(*choice.reasons, words))
     material.say(Event(stage="tune", message=f"{yardstick.target}: runtime properties"))
     base = {k: v for k, v in choice.properties.items if k != "PERFORMANCE_HINT"}  # precision stays the plan's
-    result = tune_properties(
+    result = yardstick.place.tune(
         TuneTask(
             model=choice.model,
             samples=yardstick.samples,
             device=yardstick.spec.kind.value,
             spec=yardstick.spec,
         ),
-        config=TuneConfig(base=RuntimeProperties.of(base), seconds=seconds, seed=material.request.seed),
+        TuneConfig(base=RuntimeProperties.of(base), seconds=seconds, seed=material.request.seed),
     )
     tried = len(result.trials)
     if result.is_default or result.comparison is None:
         words = f"none of {tried} runtime settings beats the latency hint beyond noise"
-        return replace(choice, reasons=(*choice.reasons, words))
+        return replace(choice, reasons=(*choice.reasons, words), tuned=result.comparison)
     settings = ", ".join(f"{key}={value}" for key, value in result.chosen.properties.items)
     c = result.comparison
     words = (
         f"of {tried} runtime settings {settings} is {c.speedup:.2f}x faster than the latency hint "
         f"(95% interval {c.low:.2f} to {c.high:.2f}, {c.evidence})"
     )
-    return replace(choice, properties=result.properties, reasons=(*choice.reasons, words))
+    return replace(choice, properties=result.properties, reasons=(*choice.reasons, words), tuned=c)
 
 
 # --------------------------------------------------------------------------- what is handed out
@@ -752,6 +779,8 @@ def _result(choice: Choice, build: Build) -> TargetResult:
         build=build,
         reasons=choice.reasons,
         float_blocks=choice.float_blocks,
+        tuned=choice.tuned,
+        host=choice.yardstick.place.host if isinstance(choice.yardstick, HostYardstick) else None,
     )
 
 

@@ -632,6 +632,8 @@ class CompileRequest(Record):
     effort: str = "balanced"
     time_limit_s: float | None = None
     seed: int = 0
+    scheduler: str | None = None
+    """Of the dask fleet whose workers stand for the targets that they announce."""
     allow_code: bool = False
     """Whether `module:attribute` data and metrics may be imported, which runs code."""
 
@@ -663,6 +665,10 @@ class TargetResult(Record):
     """Plain sentences: why this candidate, why not another."""
     float_blocks: tuple[BlockChoice, ...] = ()
     """The blocks that stay in float in an INT8 model, each with its reason."""
+    tuned: Comparison | None = None
+    """The best runtime settings against the latency hint; None where none were raced."""
+    host: HostFingerprint | None = None
+    """The machine that measured, where it is not the one that compiled."""
 
 
 class Manifest(Record):

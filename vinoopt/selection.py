@@ -63,6 +63,8 @@ class Choice:
     interrupted: bool = False
     properties: RuntimeProperties
     """What the model runs with; tuned where that was asked for."""
+    tuned: Comparison | None = None
+    """The best runtime settings against the latency hint."""
 
 
 def choose(

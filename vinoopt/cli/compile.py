@@ -50,6 +50,8 @@ INTERRUPTED = 130
 )
 @click.option("--time-limit", help="Stop searching after 90s, 15m, 2h and take the best so far.")
 @click.option("--resume", is_flag=True, help="Take over the trials of an earlier run with the same model and data.")
+@click.option("--scheduler", metavar="tcp://HOST:PORT",
+              help="Measure targets that workers of this dask scheduler announce on those workers.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--shape", help='Shapes in benchmark_app\'s spelling: "images[1,3,416,416],mask[1,?]".')
 @preprocess_options
@@ -127,6 +129,7 @@ def _arguments(options: dict[str, Any]) -> dict[str, Any]:
         "effort": options["effort"],
         "time_limit_s": seconds_from(options["time_limit"]),
         "seed": options["seed"],
+        "scheduler": options["scheduler"],
         "allow_code": options["allow_code"],
         "tune": not options["no_tune"],
         "resume": options["resume"],

@@ -369,9 +369,11 @@ class Judge:
 
     @property
     def _place(self) -> str:
-        """The target, told apart from others of its name: a profile's figures may change between two runs."""
+        """The target, told apart from others of its name: its figures, or what stands in for it, may change."""
         slug = self.yardstick.target.slug
-        return slug if self.spec is None else f"{slug}-{digest(serde.to_json(self.spec))[:12]}"
+        if self.spec is None:
+            return slug
+        return f"{slug}-{digest(serde.to_json(self.spec), self.yardstick.arithmetic)[:12]}"
 
 
 def _identity(metric: Metric) -> str:

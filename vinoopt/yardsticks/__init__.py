@@ -5,13 +5,16 @@ from vinoopt.yardsticks.emulated_cpu import EmulatedCpuYardstick
 from vinoopt.yardsticks.here import HostYardstick
 from vinoopt.yardsticks.modelled_gpu import ModelledGpuYardstick
 from vinoopt.yardsticks.npu import NpuYardstick
+from vinoopt.yardsticks.places import Here, Place
 
 __all__ = [
     "EmulatedCpuYardstick",
     "Entry",
+    "Here",
     "HostYardstick",
     "ModelledGpuYardstick",
     "NpuYardstick",
+    "Place",
     "Sample",
     "SideBySide",
     "TargetYardstick",

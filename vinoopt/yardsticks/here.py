@@ -10,8 +10,8 @@ import openvino as ov
 
 from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
-from vinoopt.accuracy.evaluate import Predictions, predict
-from vinoopt.bench import BenchResult, Contestant, MeasureConfig, measure
+from vinoopt.accuracy.evaluate import Predictions
+from vinoopt.bench import BenchResult, Contestant, MeasureConfig
 from vinoopt.errors import ToolchainCrashed, ToolchainError, ToolchainTimeout
 from vinoopt.records import (
     Build,
@@ -26,10 +26,9 @@ from vinoopt.records import (
     Target,
 )
 from vinoopt.replay import TOLERANCES, departure
-from vinoopt.toolchains.calls import read_calls, write_calls
-from vinoopt.toolchains.host import HostToolchain, layer_times, npu_platform
+from vinoopt.toolchains.calls import Call
+from vinoopt.toolchains.host import npu_platform
 from vinoopt.toolchains.npu_rewrites import rewrite
-from vinoopt.toolchains.process import child_folder
 from vinoopt.yardsticks.base import (
     F32,
     MAX_SAMPLES,
@@ -40,23 +39,24 @@ from vinoopt.yardsticks.base import (
     outputs_here,
     runtime_properties,
 )
+from vinoopt.yardsticks.places import Here, Place
 
 _SEARCH_ROUNDS = MeasureConfig(rounds=9, min_round_ms=15, warmup_ms=40)
 _REFERENCE = "float"
-_COMPILE_TIMEOUT_S = 600.0
 _PARITY_SAMPLES = 4
 
 
 @dataclass(kw_only=True)
 class HostYardstick(ReplayedHere):
-    """A device of this machine: everything is measured on it."""
+    """A device that is there, on this machine or on a worker of a fleet: everything is measured on it."""
 
     target: Target
     spec: DeviceSpec
     reference: ov.Model
     """The float model."""
     samples: Sequence[Sample]
-    toolchain: HostToolchain = field(default_factory=HostToolchain)
+    place: Place = field(default_factory=Here)
+    """The machine that has the device."""
     seconds: float = 4.0
     """Per contestant of a final comparison."""
     _reference_ms: float | None = field(default=None, init=False)
@@ -72,7 +72,7 @@ class HostYardstick(ReplayedHere):
     @property
     def arithmetic(self) -> str:
         """The device's own."""
-        return f"{self.spec.kind} of this machine"
+        return f"{self.spec.kind} of {self.place.name}"
 
     def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
         """Latency of the candidate, run side by side with the float model.
@@ -90,7 +90,7 @@ class HostYardstick(ReplayedHere):
         contestants += [
             self._contestant(f"#{number}", plan, model) for number, (plan, model) in enumerate(candidates)
         ]
-        result = measure(contestants, self.samples[:MAX_SAMPLES], config=_SEARCH_ROUNDS)
+        result = self.place.measure(contestants, self.samples[:MAX_SAMPLES], _SEARCH_ROUNDS)
         reference, *others = result.measurements
         if self._reference_ms is None:
             self._reference_ms = reference.latency_p50_ms
@@ -110,21 +110,22 @@ class HostYardstick(ReplayedHere):
             for key, value in runtime_properties(plan, self.spec.kind).as_dict().items()
             if key != "PERFORMANCE_HINT"
         }
-        return predict(self.ready(model), data, properties=hint, device=self.spec.kind.value)
+        return self.place.predict(self.ready(model), data, properties=hint, device=self.spec.kind)
 
     def block_times(
         self, plan: CompressionPlan, model: ov.Model, blocks: Sequence[str]
     ) -> Mapping[str, float]:
         """Microseconds per block from the device's counters."""
         properties = runtime_properties(plan, self.spec.kind).as_dict()
-        return layer_times(
+        return self.place.layer_times(
             self.ready(model), self.spec.kind, properties, self.samples[:MAX_SAMPLES], blocks=blocks
         )
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Nothing: everything is measured."""
-        return ()
+        """Where it was measured, if not here."""
+        host = self.place.host
+        return () if host is None else (f"measured on {host.cpu}, {self.place.name}",)
 
     def compare(self, candidates: Mapping[str, Entry]) -> BenchResult:
         """All candidates side by side in interleaved rounds, long enough to tell them apart."""
@@ -138,7 +139,7 @@ class HostYardstick(ReplayedHere):
             for name, (_, model, properties) in candidates.items()
         ]
         config = MeasureConfig(seconds=self.seconds * len(contestants))
-        return measure(contestants, self.samples[:MAX_SAMPLES], config=config)
+        return self.place.measure(contestants, self.samples[:MAX_SAMPLES], config)
 
     def check(self, plan: CompressionPlan, model: ov.Model) -> None:
         """Nothing to do: a candidate that has a latency was compiled on the device."""
@@ -149,27 +150,18 @@ class HostYardstick(ReplayedHere):
         For GPU and NPU a diagnostic says how near their outputs are to those of this CPU in f32 on real inputs.
         Where their compiler crashes or runs out of time there is no blob, and the evidence is `NOT_CHECKED`.
         """
-        with child_folder() as folder:
-            calls, outputs = folder / "calls.npz", folder / "outputs.npz"
-            write_calls(calls, self.samples[:_PARITY_SAMPLES])
-            try:
-                build = self.toolchain.compile(
-                    ir,
-                    self.spec,
-                    properties=properties,
-                    output=output,
-                    timeout_s=_COMPILE_TIMEOUT_S,
-                    calls=calls,
-                    outputs=outputs,
-                )
-            except (ToolchainCrashed, ToolchainTimeout) as exc:
-                return self._without_blob(properties, exc)
-            told = () if self.spec.kind is Device.CPU else (self._parity(ir, properties, outputs),)
+        try:
+            build, outputs = self.place.compile(
+                ir, self.spec, properties=properties, output=output, samples=self.samples[:_PARITY_SAMPLES]
+            )
+        except (ToolchainCrashed, ToolchainTimeout) as exc:
+            return self._without_blob(properties, exc)
+        told = () if self.spec.kind is Device.CPU else (self._parity(ir, properties, outputs),)
         return serde.replace(build, target=self.target, diagnostics=(*build.diagnostics, *told))
 
     def replay_on(self, properties: RuntimeProperties) -> tuple[Device, RuntimeProperties]:
-        """The device itself."""
-        return self.spec.kind, properties
+        """The device itself, or this machine's CPU in f32 where the device is elsewhere."""
+        return (self.spec.kind, properties) if self.place.is_here else super().replay_on(properties)
 
     def ready(self, model: ov.Model) -> ov.Model:
         """The model in the form that the device's compiler takes: itself, but for some layers on an NPU."""
@@ -179,14 +171,13 @@ class HostYardstick(ReplayedHere):
         rewrite(changed, npu_platform(self.spec))
         return changed
 
-    def _parity(self, ir: Path, properties: RuntimeProperties, outputs: Path) -> Diagnostic:
+    def _parity(self, ir: Path, properties: RuntimeProperties, outputs: Sequence[Call]) -> Diagnostic:
         """How far the device's outputs depart from those of this CPU in f32, as `replay.departure` counts."""
         given = self.samples[:_PARITY_SAMPLES]
         expected = outputs_here(ir, Device.CPU, F32, given)
-        found = list(read_calls(outputs))
         worst = max(
             departure(value, call[str(number)])
-            for reference, call in zip(expected, found, strict=True)
+            for reference, call in zip(expected, outputs, strict=True)
             for number, value in enumerate(reference)
         )
         is_quantized = computes_integers(ov.Core().read_model(ir))
