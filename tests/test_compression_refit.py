@@ -21,6 +21,7 @@ from vinoopt.compression.contractions import (
 )
 from vinoopt.compression.groups import find_groups
 from vinoopt.compression.refit import (
+    Aims,
     RefitSettings,
     closed_form,
     correct_bias,
@@ -282,6 +283,26 @@ def test_same_seed_same_weights():
     for one, other in zip(first.get_ordered_ops(), second.get_ordered_ops(), strict=True):
         if one.get_type_name() == "Constant":
             np.testing.assert_array_equal(one.get_data(), other.get_data())
+
+
+@pytest.mark.parametrize("memory", [1 << 20, 30_000, 0])
+def test_what_was_aimed_at_before_gives_the_same_weights_without_the_float_model(memory):
+    model, samples = residual_net(), samples_of(24)
+    first, second = pruned_net(model)[0], pruned_net(model, keep=0.8)[0]
+    aims = Aims(memory_bytes=memory)
+    refit_sequential(model, first, samples, aims=aims)
+    again = refit_sequential(model, second, samples, aims=aims)
+    np.testing.assert_array_equal(run(again, samples), run(refit_sequential(model, second, samples), samples))
+    made = [0]
+
+    def counted():
+        made[0] += 1
+        yield np.ones((4, 4), np.float32)
+
+    kept = Aims(memory_bytes=memory)
+    for _ in range(2):
+        assert sum(each.sum() for each in kept.of(("key",), counted)) == 16
+    assert made == [1 if memory else 2]
 
 
 def test_little_memory_changes_the_effort_but_not_the_result():

@@ -13,13 +13,13 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from vinoopt.compression.activations import ActivationStream, Sample, iterate_calls
+from vinoopt.compression.activations import ActivationStream, Sample, Tensor, iterate_calls
 from vinoopt.compression.contractions import (
     Contraction,
     bias_vector,
@@ -70,6 +70,37 @@ class RefitSettings:
     """For the activations held between layers, of both models together."""
     time_limit_s: float | None = None
     """Layers that are not reached in time keep their weights."""
+
+
+class Aims:
+    """What refits of one float model on one set of samples aim at, kept from one to the next up to a bound.
+
+    Rows of the float model's outputs are the same for every pruned candidate; once they are all here, the float model
+    need not run beside it again.
+    """
+
+    def __init__(self, *, memory_bytes: int = 1 << 29) -> None:
+        self._room = memory_bytes
+        self._kept: dict[tuple[object, ...], list[NDArray[np.floating[Any]]]] = {}
+
+    def of(
+        self, key: tuple[object, ...], make: Callable[[], Iterator[NDArray[np.floating[Any]]]]
+    ) -> Iterator[NDArray[np.floating[Any]]]:
+        """Call by call what is kept under `key`, or what is made now, and kept if it fits."""
+        if key in self._kept:
+            yield from self._kept[key]
+            return
+        made: list[NDArray[np.floating[Any]]] | None = []
+        for each in make():
+            self._room -= each.nbytes if made is not None else 0
+            if made is not None and self._room >= 0:
+                made.append(each)
+            elif made is not None:
+                self._room += each.nbytes + sum(array.nbytes for array in made)
+                made = None
+            yield each
+        if made is not None:
+            self._kept[key] = made
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -176,21 +207,22 @@ def refit_sequential(
     *,
     statistics: Statistics | None = None,
     settings: RefitSettings = RefitSettings(),
+    aims: Aims | None = None,
     progress: Progress | None = None,
 ) -> ov.Model:
     """The pruned model refitted layer by layer behind the first change, each layer on the pruned model's activations.
 
     With `statistics` of `original` it starts from `refit_local`, which is better wherever samples are few. A layer
     changes only where that lowers its error on samples held back from all fits (every eighth; with fewer than
-    eight samples nothing changes). Deterministic for a seed, but for a time limit. Raises `DataError` for samples
-    that do not fit.
+    eight samples nothing changes). `aims` are handed on between refits of one `original` on the same samples, or the
+    first of them. Deterministic for a seed, but for a time limit. Raises `DataError` for samples that do not fit.
     """
     result = pruned.model.clone() if statistics is None else refit_local(original, pruned, statistics)
     targets = index_contractions(result)
     names = _refittable(original, pruned, targets, settings)
     every = {name: np.arange(targets[name].groups * targets[name].outputs) for name in names}
     kept_rows = every | {cut.name: cut.kept_rows for cut in (*pruned.consumers, *pruned.producers)}
-    walk = _Walk(original, result, names, (samples, settings))
+    walk = _Walk(original, result, names, (samples, settings, aims))
     for done, layer in enumerate(walk.layers(), start=1):
         with threads_for(layer.columns):
             fit = best_fit(*walk.paired_sums(layer, kept_rows[layer.name]), settings.ridge)
@@ -248,18 +280,20 @@ def correct_bias(
     *,
     kept_rows: Mapping[str, Indices] | None = None,
     settings: RefitSettings = RefitSettings(),
+    aims: Aims | None = None,
 ) -> ov.Model:
     """The compressed model with the biases of `layers` set so that their mean outputs are the float model's.
 
     Layer by layer in topological order, each seeing the layers before it corrected; a layer that feeds a residual
     add is judged behind it (see `RefitSettings.residual`). `compressed` may be pruned and quantized; `kept_rows`
-    says which channels of `original` a layer still makes, all where it is not named. After Nagel et al. 2019,
+    says which channels of `original` a layer still makes, all where it is not named; `aims` as for
+    `refit_sequential`. After Nagel et al. 2019,
     arXiv 1906.04721, section 4.2, with means measured on both sides. A layer changes only where that brings its
     means on held-back samples closer. Raises `PlanError` for a name that is no contraction.
     """
     result = compressed.clone()
     targets = index_contractions(result)
-    walk = _Walk(original, compressed, layers, (samples, settings))
+    walk = _Walk(original, compressed, layers, (samples, settings, aims))
     for layer in walk.layers():
         shift = walk.mean_error(layer, (kept_rows or {}).get(layer.name))
         if shift is not None:
@@ -277,9 +311,10 @@ class _Walk:
         original: ov.Model,
         compressed: ov.Model,
         names: Sequence[str],
-        data: tuple[Iterable[Sample], RefitSettings],
+        data: tuple[Iterable[Sample], RefitSettings, Aims | None],
     ) -> None:
-        samples, self._settings = data
+        samples, self._settings, aims = data
+        self._aims = aims or Aims(memory_bytes=0)
         self._ends_at = None
         if self._settings.time_limit_s is not None:
             self._ends_at = time.monotonic() + self._settings.time_limit_s
@@ -290,6 +325,7 @@ class _Walk:
             if bias_vector(layer) is None:  # the stream has to know the Add before it starts
                 replace_bias(layer, np.zeros(layer.groups * layer.outputs))
         listed = list(samples)
+        self._samples = len(listed)
         calls = list(iterate_calls(whole, listed, size=_even_size(len(listed))))
         room = self._settings.memory_bytes // 2
         self._whole = ActivationStream(whole, calls, memory_bytes=room)
@@ -302,11 +338,23 @@ class _Walk:
         for source, layer in self._pairs:
             if self._ends_at is not None and time.monotonic() > self._ends_at:
                 return
-            self._whole.advance(source.node)
             self._small.advance(layer.node)
             self._source = source
             yield layer
             self._waiting.discard(layer.node)
+
+    def _aimed(
+        self, target: ov.Output, kind: tuple[object, ...], take: Callable[[Tensor], NDArray[np.floating[Any]]]
+    ) -> Iterator[NDArray[np.floating[Any]]]:
+        """What `take` makes of the float model's `target`, call by call."""
+
+        def make() -> Iterator[NDArray[np.floating[Any]]]:
+            if self._source is not None:
+                self._whole.advance(self._source.node)
+            return (take(value) for (value,) in self._whole.read([target]))
+
+        place = (target.get_node().get_friendly_name(), target.get_index())
+        return self._aims.of((*kind, *place, self._whole.calls, self._samples), make)
 
     def paired_sums(self, layer: Contraction, kept_rows: Indices) -> tuple[PairedSums, PairedSums]:
         """Sums over sampled rows of what the layer reads and the error of its output: for the fit, and held back."""
@@ -315,14 +363,20 @@ class _Walk:
         weights = weight_matrix(layer)
         bias = bias_vector(layer)
         reader = RowReader(layer)
-        rng = np.random.default_rng([self._settings.seed, zlib.crc32(layer.name.encode())])
+        count, seed = self._settings.rows_per_sample, [self._settings.seed, zlib.crc32(layer.name.encode())]
+        rng, same = np.random.default_rng(seed), np.random.default_rng(seed)
+
+        def take(value: Tensor) -> NDArray[np.floating[Any]]:
+            return reader.output_rows(value, reader.positions(value.shape, count, same))
+
         both = [PairedSums.empty(*weights.shape) for _ in range(2)]
         start = 0
-        for (aim,), tensors in zip(self._whole.read([target]), self._small.read(wanted), strict=True):
+        kind = ("rows", layer.name, count, self._settings.seed)
+        for aim, tensors in zip(self._aimed(target, kind, take), self._small.read(wanted), strict=True):
             shape = reader.output_shape(tensors[0].shape)
-            positions = reader.positions(shape, self._settings.rows_per_sample, rng)
+            positions = reader.positions(shape, count, rng)
             x = reader.input_rows(tensors[0], shape, positions)
-            error = reader.output_rows(aim, positions)[:, kept_rows]
+            error = aim[:, kept_rows]
             if other is not None:
                 error = error - reader.output_rows(tensors[1], positions)
             if bias is not None:
@@ -340,9 +394,9 @@ class _Walk:
         target, made, _ = self._meeting(layer)
         reader = RowReader(layer)
         errors = []
-        for (aim,), (value,) in zip(self._whole.read([target]), self._small.read([made]), strict=True):
-            means = [reader.channel_means(tensor) for tensor in (aim, value)]
-            errors.append((means[0] if kept_rows is None else means[0][:, kept_rows]) - means[1])
+        aimed = self._aimed(target, ("means", layer.name), reader.channel_means)
+        for aim, (value,) in zip(aimed, self._small.read([made]), strict=True):
+            errors.append((aim if kept_rows is None else aim[:, kept_rows]) - reader.channel_means(value))
         every = np.concatenate(errors)
         is_held = held_back(len(every))
         if is_held.all() or not is_held.any():

@@ -16,7 +16,14 @@ from vinoopt.accuracy.datasets import Dataset
 from vinoopt.compression.contractions import index_contractions
 from vinoopt.compression.folding import Branch, StandIn, find_branches, fit_stand_ins, folded
 from vinoopt.compression.groups import Coupling, find_groups
-from vinoopt.compression.refit import RefitSettings, correct_bias, mean_outputs, refit_local, refit_sequential
+from vinoopt.compression.refit import (
+    Aims,
+    RefitSettings,
+    correct_bias,
+    mean_outputs,
+    refit_local,
+    refit_sequential,
+)
 from vinoopt.compression.saliency import Statistics, UnitOrder, collect_statistics, order_units
 from vinoopt.compression.surgery import PrunedModel, apply_pruning, verify_pruning, zeroed_reference
 from vinoopt.errors import CompressionError, PlanError
@@ -70,6 +77,8 @@ class PruningKit:
     seed: int
     grounds: OrderedDict[tuple[tuple[str, int], ...], Ground] = field(default_factory=OrderedDict)
     """Branches with stand-ins -> that model; kept while there is room."""
+    aims: Aims = field(default_factory=Aims)
+    """Of the thorough refits."""
 
     def cut(self, widths: Sequence[GroupWidth]) -> PrunedModel:
         """The model with the other units removed; weights as they were, stand-ins as they were fitted."""
@@ -102,7 +111,7 @@ class PruningKit:
         """Removed and refitted layer by layer on the pruned model's own activations, of so many calibration calls."""
         settings = RefitSettings(seed=self.seed, ignored=self.ignored)
         begun = replace(self.cut(widths), model=self.roughly(widths))
-        return refit_sequential(self.source, begun, self.samples[:calls], settings=settings)
+        return refit_sequential(self.source, begun, self.samples[:calls], settings=settings, aims=self.aims)
 
     def corrected(self, widths: tuple[GroupWidth, ...], quantized: ov.Model) -> ov.Model:
         """The quantized pruned model with biases moved so that mean outputs are the whole float model's."""
@@ -112,7 +121,7 @@ class PruningKit:
         layers = list(dict.fromkeys([*stand_ins, *(layer.name for layer in cut.consumers)]))
         settings = RefitSettings(seed=self.seed)
         return correct_bias(
-            self.source, quantized, self.samples, layers, kept_rows=kept_rows, settings=settings
+            self.source, quantized, self.samples, layers, kept_rows=kept_rows, settings=settings, aims=self.aims
         )
 
     def widths(self, kept: Mapping[str, int]) -> tuple[GroupWidth, ...]:
