@@ -92,6 +92,34 @@ def test_damage_in_company_counts_rather_than_damage_alone():
     assert places[-1].damage == pytest.approx(entangled(places[-1].widths))
 
 
+def test_a_path_that_turns_goes_on_by_other_steps():
+    path = Descent(Ground(units=UNITS, damages=alone()), predict=predict, probe=additive)
+    for _ in range(3):
+        path.extend()
+    assert [dict(place.widths) for place in path.places[:3]] == [{}, {"b": 3}, {"b": 3, "a": 3}]
+    path.turn(1, 2)
+    assert [dict(place.widths) for place in path.places] == [{}, {"b": 3}]
+    rest = walk(path)
+    assert rest[-1].widths == {"b": 1, "c": 1}, "a may not become as narrow as it was, and that was its first step"
+    assert rest[-1].damage == pytest.approx(additive(rest[-1].widths))
+
+
+def test_a_turn_leaves_what_is_milder_in_the_same_group():
+    path = Descent(Ground(units={"a": 4}, damages={"a": alone()["a"]}), predict=predict, probe=additive)
+    walk(path)
+    assert [dict(place.widths) for place in path.places] == [{}, {"a": 3}, {"a": 2}, {"a": 1}]
+    path.turn(0, 3)  # of its steps the last damages most
+    assert [dict(place.widths) for place in walk(path)] == [{}, {"a": 3}, {"a": 2}]
+
+
+def test_a_block_that_hurt_in_int8_stays_in_float():
+    ground = Ground(units={}, damages={}, block_damages={"x": 0.1, "y": 0.2}, floats=frozenset({"x", "y"}))
+    path = Descent(ground, predict=lambda widths, floats: float(len(floats)), probe=lambda widths: 0.0)
+    walk(path)
+    path.turn(0, 2)
+    assert walk(path)[-1].floats == {"y"}
+
+
 def test_a_step_that_cannot_be_built_is_left_out():
     def broken(widths: Mapping[str, int]) -> float:
         return math.inf if "a" in widths else additive(widths)

@@ -155,6 +155,16 @@ def test_faster_candidates_are_trained_in_rounds_and_may_win(tmp_path: Path) -> 
     assert not list(judge.store.folder.glob("*.pt"))
 
 
+def test_what_training_brought_inside_is_the_start_for_faster_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "STAGE_S", 30.0)
+    judge = judge_in(tmp_path, max_drop=2.0)  # whatever is trained is inside
+    result = distill_beyond(judge, found_by(judge, {0.6: 6, 0.0: 4}), StageOptions(), say=lambda text: None)
+    trained = [len(t.plan.widths[0].kept) for t in result.trials if t.plan.distillation is not None]
+    assert trained == [6, 4], "the second is predicted to be faster than the first, and looked at behind it"
+
+
 def test_what_was_trained_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = judge_in(tmp_path, max_drop=0.0)
     first = distill_beyond(judge, found_by(judge, {0.85: 6, 0.0: 4}), StageOptions(), say=lambda text: None)

@@ -3,11 +3,12 @@
 A worker is a machine with this package and dask.distributed; it announces its devices and the shipped profile that
 fits it as resources of one each, so that it measures one thing at a time::
 
-    dask worker tcp://lab:8786 --nthreads 1 --no-nanny --resources "$(python -m vinoopt.fleet)"
+    dask worker tcp://lab:8786 --nthreads 1 --memory-limit 0 --resources "$(python -m vinoopt.fleet)"
 
 A job is what has to be measured side by side, so it is never split: it goes whole, models and inputs included, to
 one worker that has what it needs. When that worker is lost, the scheduler gives the job to another one. Scheduler
-and workers need the same versions of this package and of Python.
+and workers need the same versions of this package and of Python. A product that no shipped profile describes is
+announced by the name of its profile file, added to the resources by hand.
 """
 
 from __future__ import annotations
@@ -191,8 +192,10 @@ class Line:
         self._patience_s = patience_s
 
     def serves(self, needs: Sequence[str]) -> bool:
-        """Whether a worker announces all of it now."""
-        return any(set(needs) <= set(each) for each in self._client.run_on_scheduler(_census))
+        """Whether a worker announces all of it now; raises `ToolchainCrashed` where the scheduler is lost."""
+        with _told():
+            workers = self._client.run_on_scheduler(_census)
+        return any(set(needs) <= set(each) for each in workers)
 
     def ask(self, needs: Sequence[str], function: Callable[..., Any], *arguments: Any) -> Any:
         """What the function returns on a worker; asked of another worker where one is lost.
@@ -200,31 +203,47 @@ class Line:
         Raises what the function raises of this package's errors, `ToolchainCrashed` where it ends otherwise or the
         scheduler is lost, and `ToolchainMissing` where for `patience_s` seconds no worker has what it needs.
         """
-        since: float | None = None
-        future = self._client.submit(
-            function, *arguments, key=f"errand-{uuid.uuid4().hex}", resources=dict.fromkeys(needs, 1)
-        )
+        with _told():
+            future = self._client.submit(
+                function, *arguments, key=f"errand-{uuid.uuid4().hex}", resources=dict.fromkeys(needs, 1)
+            )
         try:
-            while future.status == "pending":
-                with suppress(TimeoutError, asyncio.TimeoutError, CancelledError):
-                    future.exception(timeout=_CENSUS_S)  # waits for the end, whatever it is
-                if future.status != "pending" or self.serves(needs):
-                    since = None
-                elif time.monotonic() - (since := since or time.monotonic()) >= self._patience_s:
-                    raise ToolchainMissing(f"for {self._patience_s:g} s no worker announced {', '.join(needs)}")
-            if future.status == "finished":
-                return future.result()
-            reason = future.exception() if future.status == "error" else None
-        except OSError as exc:
-            raise ToolchainCrashed(f"the scheduler was lost: {_words(exc)}") from exc
+            self._wait(future, needs)
+            with _told():
+                if future.status == "finished":
+                    return future.result()
+                reason = future.exception() if future.status == "error" else None
         finally:
-            if future.status == "pending":
-                future.cancel()
+            with suppress(Exception):  # the scheduler may be gone, which is told already
+                if future.status == "pending":
+                    future.cancel()
         if isinstance(reason, VinooptError):
             raise reason
         raise ToolchainCrashed(
             f"the worker failed: {_words(reason)}" if reason else f"the scheduler gave it up ({future.status})"
         )
+
+    def _wait(self, future: Any, needs: Sequence[str]) -> None:
+        """Until the future has ended, one way or another."""
+        since: float | None = None
+        while future.status == "pending":
+            with suppress(TimeoutError, asyncio.TimeoutError, CancelledError), _told():
+                future.exception(timeout=_CENSUS_S)  # waits for the end, whatever it is
+            if future.status != "pending" or self.serves(needs):
+                since = None
+            elif time.monotonic() - (since := since or time.monotonic()) >= self._patience_s:
+                raise ToolchainMissing(f"for {self._patience_s:g} s no worker announced {', '.join(needs)}")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raises `ToolchainCrashed` for whatever a client says of a scheduler that is gone."""
+    try:
+        yield
+    except (VinooptError, TimeoutError, asyncio.TimeoutError, CancelledError):
+        raise
+    except Exception as exc:
+        raise ToolchainCrashed(f"the scheduler was lost: {_words(exc)}") from exc
 
 
 @contextmanager
@@ -277,8 +296,8 @@ def _starved(
 
 
 def _census(dask_scheduler: Any) -> list[list[str]]:
-    """What each worker announces; runs on the scheduler."""
-    return [list(worker.resources) for worker in dask_scheduler.workers.values()]
+    """What each worker that takes jobs announces; runs on the scheduler."""
+    return [list(worker.resources) for worker in dask_scheduler.running]
 
 
 def _words(exc: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 `vinoopt compile --scheduler tcp://lab:8786 --target lunar-lake:NPU` sends every candidate to a worker that announces
 `NPU` and `lunar-lake`: its latency, its layers' times, its outputs on the data, its blob and its runtime properties
-are then those of the product, while pruning and quantization are computed here.
+are then those of the product. Pruning, quantization, training and the float reference are computed here.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ from vinoopt.bench import BenchResult, Contestant, MeasureConfig
 from vinoopt.fleet import Line
 from vinoopt.hardware.detect import fingerprint
 from vinoopt.records import Build, Device, DeviceSpec, HostFingerprint, RuntimeProperties, Target
+from vinoopt.store import digest
 from vinoopt.toolchains.calls import Call
+from vinoopt.toolchains.host import npu_platform
+from vinoopt.toolchains.npu_rewrites import rewrite_file
 from vinoopt.tuning import TuneConfig, TuneResult, TuneTask
 from vinoopt.yardsticks import Here, Sample
 
-_KEPT_SETS = 4
-"""Datasets that a worker keeps between two errands."""
+_KEPT_BYTES = 1 << 30
+"""Of inputs that a worker keeps between two errands."""
+_PARCEL_BYTES, _PARCEL_CALLS = 64 << 20, 256
+"""Of inputs that travel in one piece."""
 
 
 def announced_name(target: Target) -> str:
@@ -53,7 +58,8 @@ class Lab:
     target: Target
     is_here: bool = False
     _host: HostFingerprint | None = None
-    _digests: dict[int, tuple[Dataset, str]] = field(default_factory=dict)
+    _identity: str | None = None
+    _known: dict[int, tuple[Dataset, list[tuple[str, Dataset]]]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -62,30 +68,39 @@ class Lab:
 
     @property
     def host(self) -> HostFingerprint:
-        """Of the worker that answers first."""
+        """Of the worker that measured last; before that, of one that answers."""
         if self._host is None:
-            self._host = self._ask(_fingerprint)
+            self._host = self._ask(fingerprint)
         return self._host
+
+    @property
+    def identity(self) -> str:
+        """The announced name, with the hardware and software behind it when this run began."""
+        if self._identity is None:
+            facts = (self.host.cpu, self.host.devices, self.host.versions)
+            self._identity = f"{self.name} {digest(*facts)[:12]}"
+        return self._identity
 
     def measure(
         self, contestants: Sequence[Contestant], samples: Sequence[Sample], config: MeasureConfig
     ) -> BenchResult:
         """Side by side on one worker; the source of each measurement names it."""
-        result: BenchResult = self._ask(_measure, tuple(contestants), tuple(samples), config)
+        result: BenchResult
+        result, self._host = self._ask(_measure, tuple(contestants), tuple(samples), config)
         return result
 
     def predict(
         self, model: ov.Model, data: Dataset, *, properties: Mapping[str, str], device: Device
     ) -> Predictions:
-        """On a worker, which keeps the data for the next candidate."""
-        content = self._digest(data)
-        order = (model, content, dict(properties), device)
-        calls = self._ask(_predict, *order, None)
-        if calls is None:  # this worker has not seen them yet
-            calls = self._ask(_predict, *order, tuple(data))
+        """On workers, which keep the data for the next candidate."""
         found = Predictions()
-        for call in calls:
-            found.append(call)
+        for content, part in self._parcels(data):
+            order = (model, content, dict(properties), device)
+            calls = self._ask(_predict, *order, None)
+            if calls is None:  # this worker has not seen them yet
+                calls = self._ask(_predict, *order, tuple(part))
+            for call in calls:
+                found.append(call)
         return found
 
     def layer_times(
@@ -113,8 +128,11 @@ class Lab:
         samples: Sequence[Sample],
     ) -> tuple[Build, tuple[Call, ...]]:
         """On a worker; a blob comes back to `output`."""
+        # What is shipped is what the compiler takes.
+        findings = rewrite_file(ir, npu_platform(spec)) if spec.kind is Device.NPU else ()
         model = ov.Core().read_model(ir)
         build, blob, outputs = self._ask(_compile, model, spec, properties, tuple(samples))
+        build = serde.replace(build, diagnostics=(*findings, *build.diagnostics))
         if blob is not None:
             output.write_bytes(blob)
         return build, outputs
@@ -128,17 +146,24 @@ class Lab:
         reply = self.line.ask(needs_of(self.target), _errand, packed((function, arguments)))
         return pickle.loads(reply)
 
-    def _digest(self, data: Dataset) -> str:
-        """Of the content, computed once per set."""
-        kept = self._digests.get(id(data))
+    def _parcels(self, data: Dataset) -> list[tuple[str, Dataset]]:
+        """The set in pieces that travel, each with the digest of its content, computed once per set."""
+        kept = self._known.get(id(data))
         if kept is None or kept[0] is not data:
-            content = hashlib.sha256()
-            for sample in data:
-                for name, array in sorted(sample.items()):
-                    content.update(f"{name}{array.dtype}{array.shape}".encode())
-                    content.update(np.ascontiguousarray(array).tobytes())
-            kept = self._digests[id(data)] = (data, content.hexdigest())
+            size = max(sum(array.nbytes for array in data[0].values()), 1) if len(data) else 1
+            count = min(max(_PARCEL_BYTES // size, 1), _PARCEL_CALLS)
+            parts = [data.subset(range(n, min(n + count, len(data)))) for n in range(0, len(data), count)]
+            kept = self._known[id(data)] = (data, [(_content(part), part) for part in parts])
         return kept[1]
+
+
+def _content(data: Dataset) -> str:
+    content = hashlib.sha256()
+    for sample in data:
+        for name, array in sorted(sample.items()):
+            content.update(f"{name}{array.dtype}{array.shape}".encode())
+            content.update(np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()
 
 
 # --------------------------------------------------------------------------- what travels
@@ -182,19 +207,15 @@ def _errand(order: bytes) -> bytes:
     return packed(function(*arguments))
 
 
-def _fingerprint() -> HostFingerprint:
-    return fingerprint()
-
-
 def _measure(
     contestants: Sequence[Contestant], samples: Sequence[Sample], config: MeasureConfig
-) -> BenchResult:
+) -> tuple[BenchResult, HostFingerprint]:
     from distributed import get_worker
 
-    result = Here().measure(contestants, samples, config)
-    place = f"{fingerprint().cpu} at {get_worker().address}"
+    result, host = Here().measure(contestants, samples, config), fingerprint()
+    place = f"{host.cpu} at {get_worker().address}"
     sourced = tuple(serde.replace(each, source=place) for each in result.measurements)
-    return serde.replace(result, measurements=sourced)
+    return serde.replace(result, measurements=sourced), host
 
 
 def _predict(
@@ -207,7 +228,7 @@ def _predict(
     """Outputs per call; None where the samples of this content are not here and were not sent."""
     if calls is not None:
         _held[content] = calls
-        while len(_held) > _KEPT_SETS:
+        while len(_held) > 1 and sum(map(_bytes, _held.values())) > _KEPT_BYTES:
             _held.popitem(last=False)
     if content not in _held:
         return None
@@ -215,6 +236,10 @@ def _predict(
     data = Dataset(reader=_held[content])
     found = Here().predict(model, data, properties=properties, device=device)
     return [found[index] for index in range(len(found))]
+
+
+def _bytes(calls: Calls) -> int:
+    return sum(array.nbytes for call in calls for array in call.values())
 
 
 def _layer_times(

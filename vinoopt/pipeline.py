@@ -30,7 +30,7 @@ from vinoopt.compression.scope import resolve_ignored
 from vinoopt.compression.search import SearchOptions, search
 from vinoopt.distillation.needs import require_torch
 from vinoopt.distillation.stage import StageOptions, distill_beyond
-from vinoopt.errors import DataError, DeviceError, InputError, MetricError
+from vinoopt.errors import DataError, DeviceError, InputError, MetricError, ToolchainError
 from vinoopt.fleet import Line, connected
 from vinoopt.forecast import Forecast
 from vinoopt.frontend.normalize import SourceModel, load_model, require_static
@@ -144,7 +144,7 @@ def compile(
     `scheduler` is the address of a dask scheduler: a target whose product one of its workers announces is measured
     there, candidate by candidate, instead of being emulated or modelled here.
 
-    `tune` races OpenVINO's runtime properties on devices of this machine (not with effort `fast`).
+    `tune` races OpenVINO's runtime properties on devices that are there (not with effort `fast`).
 
     `time_limit_s` holds for the whole run. What must follow the search is reserved for: the judgement on the test
     part, the final comparison (shorter under a short limit), writing. Reading model and data and running the
@@ -687,7 +687,7 @@ def _all_tuned(
 
 
 def _tuned(material: Material, choice: Choice, seconds: float) -> Choice:
-    """The choice with properties that beat the latency hint beyond noise, where the device is here.
+    """The choice with properties that beat the latency hint beyond noise, where the device is here or on a worker.
 
     `seconds` are for the whole race: heats, final and duel.
     """
@@ -699,15 +699,14 @@ def _tuned(material: Material, choice: Choice, seconds: float) -> Choice:
         return replace(choice, reasons=(*choice.reasons, words))
     material.say(Event(stage="tune", message=f"{yardstick.target}: runtime properties"))
     base = {k: v for k, v in choice.properties.items if k != "PERFORMANCE_HINT"}  # precision stays the plan's
-    result = yardstick.place.tune(
-        TuneTask(
-            model=choice.model,
-            samples=yardstick.samples,
-            device=yardstick.spec.kind.value,
-            spec=yardstick.spec,
-        ),
-        TuneConfig(base=RuntimeProperties.of(base), seconds=seconds, seed=material.request.seed),
+    task = TuneTask(
+        model=choice.model, samples=yardstick.samples, device=yardstick.spec.kind.value, spec=yardstick.spec
     )
+    config = TuneConfig(base=RuntimeProperties.of(base), seconds=seconds, seed=material.request.seed)
+    try:
+        result = yardstick.place.tune(task, config)
+    except ToolchainError as exc:  # a worker that is lost; the choice stands without it
+        return replace(choice, reasons=(*choice.reasons, f"runtime settings were not raced: {exc}"))
     tried = len(result.trials)
     if result.is_default or result.comparison is None:
         words = f"none of {tried} runtime settings beats the latency hint beyond noise"

@@ -256,7 +256,7 @@ class _Visit:
         return self._check("speed", state, words + more + notes).model_copy(update={"now": now, "then": then})
 
     def _judged(self, now: Measurement, then: Measurement) -> tuple[CheckState, str]:
-        there, here = self.bundle.manifest.host, fingerprint()
+        there, here = self.result.host or self.bundle.manifest.host, fingerprint()
         ratio = now.latency_p50_ms / then.latency_p50_ms
         if then.evidence is not Evidence.MEASURED:
             return CheckState.PASSED, f" ({ratio:.2f} times that)"

@@ -94,6 +94,8 @@ class Descent:
         """Damage of the last place's widths, as probes see it."""
         start = Place(widths={}, floats=ground.floats, damage=0.0, time_us=predict({}, ground.floats))
         self.places: list[Place] = [start]
+        self._banned: dict[str, float] = {}
+        """Group -> size from which down it may not go any more; of a block, that it stays in float."""
 
     def extend(self) -> Place | None:
         """The next place; None where nothing is left that saves time, or the time is up."""
@@ -113,13 +115,31 @@ class Descent:
                 del gains[best]  # it cannot be built in this company
         return None
 
+    def turn(self, low: int, high: int) -> None:
+        """Go back to place `low`, and never again take that step between there and `high` that damages most.
+
+        For a place that turned out to damage more than it was predicted to: the path goes on by other steps.
+        """
+        steps = range(low + 1, high + 1)
+        worst = max(steps, key=lambda index: self.places[index].damage - self.places[index - 1].damage)
+        before, after = self.places[worst - 1], self.places[worst]
+        for name in before.floats - after.floats:
+            self._banned[name] = 0.0
+        for group, width in after.widths.items():
+            if before.widths.get(group) != width:
+                self._banned[group] = size_of(width)
+        del self.places[low + 1 :]
+        self._probed = self._probe(self.places[-1].widths) if self.places[-1].widths else 0.0
+
     # ------------------------------------------------------------------ parts
 
     def _moves(self, here: Place) -> Iterator[_Move]:
         for group, damages in self._ground.damages.items():
             current = here.widths.get(group, self._ground.units[group])
-            yield from (_Move(group, width) for width in damages if size_of(width) < size_of(current))
-        yield from (_Move(name, None) for name in here.floats & self._ground.block_damages.keys())
+            least = self._banned.get(group, -math.inf)
+            yield from (_Move(group, width) for width in damages if least < size_of(width) < size_of(current))
+        movable = (here.floats & self._ground.block_damages.keys()) - self._banned.keys()
+        yield from (_Move(name, None) for name in movable)
 
     def _least_us(self, move: _Move) -> float:
         return _TINY + (0.0 if move.width is None else self._ground.least_us.get(move.group, 0.0))

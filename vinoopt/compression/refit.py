@@ -90,17 +90,17 @@ class Aims:
         if key in self._kept:
             yield from self._kept[key]
             return
-        made: list[NDArray[np.floating[Any]]] | None = []
+        made: list[NDArray[np.floating[Any]]] = []
+        room = self._room
         for each in make():
-            self._room -= each.nbytes if made is not None else 0
-            if made is not None and self._room >= 0:
+            room -= each.nbytes
+            if room >= 0:
                 made.append(each)
-            elif made is not None:
-                self._room += each.nbytes + sum(array.nbytes for array in made)
-                made = None
+            else:
+                made.clear()
             yield each
-        if made is not None:
-            self._kept[key] = made
+        if room >= 0:
+            self._kept[key], self._room = made, room
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

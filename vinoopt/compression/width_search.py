@@ -32,6 +32,8 @@ _LEAST_GAIN = 0.02
 """Candidates that differ by less than this share of the predicted time are not both judged."""
 _RESERVES = {False: (0.6,), True: (0.8, 0.5)}
 """Whether the search is thorough -> shares of the best gain at which milder candidates are judged."""
+_DETOURS = {False: 2, True: 6}
+"""Whether the search is thorough -> candidates that are judged around the step that left the budget."""
 _COUNTED_US = 1.0
 """Time per layer that counters on a device of this machine do not tell apart; they count whole microseconds."""
 _TRIALS_AHEAD = 4
@@ -185,10 +187,11 @@ class WidthSearch:
             if further is None:
                 return best
             high = further
-        return self._between(path, (low, high), ground_us) or best
+        low, high, found = self._between(path, (low, high), ground_us)
+        return self._around(path, (low, high), ground_us) or found or best
 
-    def _between(self, path: Descent, ends: tuple[int, int], ground_us: float) -> Trial | None:
-        """The fastest candidate between a place inside the budget and one outside; None: none is inside."""
+    def _between(self, path: Descent, ends: tuple[int, int], ground_us: float) -> tuple[int, int, Trial | None]:
+        """The last place inside the budget, the first outside, and the fastest candidate found between, if any."""
         low, high = ends
         step, best = _LEAST_GAIN * ground_us, None
         while high - low > 1 and not self._is_late():
@@ -204,6 +207,28 @@ class WidthSearch:
                 low, best = middle, trial
             else:
                 high = middle
+        return low, high, best
+
+    def _around(self, path: Descent, ends: tuple[int, int], ground_us: float) -> Trial | None:
+        """The fastest candidate by other steps than that which left the budget; None: none is inside."""
+        low, high = ends
+        step, best = _LEAST_GAIN * ground_us, None
+        for left in range(_DETOURS[self.is_thorough], 0, -1):
+            if self._is_late():
+                break
+            if high > low:
+                path.turn(low, high)
+            below_us = min(path.places[low].time_us, ground_us - step) - step
+            further = self._reach(path, damage=0.0, below_us=below_us)
+            if further is None:
+                break
+            self._expect(left)
+            trial = self._judged(path.places[further])
+            if trial.state is TrialState.COMPLETE:
+                low = high = further
+                best = trial
+            else:
+                high = further
         return best
 
     def _reach(self, path: Descent, *, damage: float, below_us: float) -> int | None:

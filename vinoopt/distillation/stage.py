@@ -150,12 +150,14 @@ class _Stage:
         """Of a run, as the last one of some length had it."""
         self.run_ends = math.inf
         """When the run at hand has had so much more time than was planned that others need the rest."""
+        self.tried: set[CompressionPlan] = set()
+        """Plans of earlier rounds, as they were before training."""
         self._school: School | None = None
 
     # ------------------------------------------------------------------ the whole stage
 
     def run(self) -> None:
-        """Train, halve, train on."""
+        """Train, halve, train on; where that brought the fastest into the budget, look for still faster ones."""
         best = min(self.found.candidates, key=latency_of, default=None)
         plans = self._prospects(best)
         if not plans:
@@ -172,9 +174,21 @@ class _Stage:
             self.reasons.append(f"nothing was distilled: {exc}")
             return
         try:
-            self._rounds(runners)
+            while runners:
+                self._rounds(runners)
+                runners = self._further(runners)
         finally:  # the time limit, or an interrupt, may end them from within
             self.reasons.append(self._conclusion(best))
+
+    def _further(self, runners: Sequence[_Runner]) -> list[_Runner]:
+        """New runners, faster than all of these; none where the fastest of them is outside, or time is short."""
+        fastest = min(runners, key=lambda runner: runner.latency_ms)
+        self.tried |= {serde.replace(runner.plan, distillation=None) for runner in runners}
+        if not fastest.is_inside or self._run_s(_LEAST_STEPS) > self._left():
+            return []
+        self.building_ends = time.monotonic() + BUILDING_SHARE * self._left()
+        plans = [plan for plan in self._prospects(fastest.trial) if plan not in self.tried]
+        return self._timed(plans, fastest.trial)
 
     def _rounds(self, runners: list[_Runner]) -> None:
         """Rounds of ever fewer and longer runs, until time or candidates are used up."""

@@ -21,6 +21,7 @@ from vinoopt.records import (
     Diagnostic,
     Evidence,
     LayerReport,
+    NpuOffline,
     RuntimeProperties,
     Target,
 )
@@ -133,7 +134,9 @@ def _compiled_here(model_path: Path, spec: DeviceSpec, properties: RuntimeProper
 
 
 def npu_platform(spec: DeviceSpec) -> str:
-    """The compiler's name for an NPU of this machine, as `4000`, out of the architecture that OpenVINO tells."""
+    """The compiler's name for an NPU, as `4000`: the profile's, or of this machine what OpenVINO tells."""
+    if isinstance(spec.offline, NpuOffline):
+        return spec.offline.platform
     found = _PLATFORM.search(spec.architecture)
     return found[0] if found else spec.architecture
 

@@ -12,7 +12,7 @@ from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig
-from vinoopt.errors import ToolchainCrashed, ToolchainError, ToolchainTimeout
+from vinoopt.errors import ToolchainCrashed, ToolchainError, ToolchainMissing, ToolchainTimeout
 from vinoopt.records import (
     Build,
     CompressionPlan,
@@ -72,7 +72,7 @@ class HostYardstick(ReplayedHere):
     @property
     def arithmetic(self) -> str:
         """The device's own."""
-        return f"{self.spec.kind} of {self.place.name}"
+        return f"{self.spec.kind} of {self.place.identity}"
 
     def measure(self, plan: CompressionPlan, model: ov.Model) -> Measurement:
         """Latency of the candidate, run side by side with the float model.
@@ -154,7 +154,7 @@ class HostYardstick(ReplayedHere):
             build, outputs = self.place.compile(
                 ir, self.spec, properties=properties, output=output, samples=self.samples[:_PARITY_SAMPLES]
             )
-        except (ToolchainCrashed, ToolchainTimeout) as exc:
+        except (ToolchainCrashed, ToolchainMissing, ToolchainTimeout) as exc:
             return self._without_blob(properties, exc)
         told = () if self.spec.kind is Device.CPU else (self._parity(ir, properties, outputs),)
         return serde.replace(build, target=self.target, diagnostics=(*build.diagnostics, *told))

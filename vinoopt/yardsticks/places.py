@@ -31,6 +31,11 @@ class Place(Protocol):
         ...
 
     @property
+    def identity(self) -> str:
+        """What figures that are kept hang on: another identity, other figures."""
+        ...
+
+    @property
     def is_here(self) -> bool:
         """Whether this process can open the device itself."""
         ...
@@ -87,6 +92,7 @@ class Here:
 
     toolchain: HostToolchain = field(default_factory=HostToolchain)
     name: str = "this machine"
+    identity: str = "this machine"
     is_here: bool = True
     host: HostFingerprint | None = None
 
