@@ -32,6 +32,8 @@ _LEAST_GAIN = 0.02
 """Candidates that differ by less than this share of the predicted time are not both judged."""
 _RESERVES = {False: (0.6,), True: (0.8, 0.5)}
 """Whether the search is thorough -> shares of the best gain at which milder candidates are judged."""
+_OVERSHOOT, _MOST_GROWTH = 1.25, 4.0
+"""Of the damage at which the budget is predicted to be spent, and of the damage so far: what is looked at next."""
 _DETOURS = {False: 2, True: 6}
 """Whether the search is thorough -> candidates that are judged around the step that left the budget."""
 _COUNTED_US = 1.0
@@ -169,7 +171,9 @@ class WidthSearch:
                 self._judged(place)
 
     def _follow(self, path: Descent, first: int, ground_us: float) -> Trial | None:
-        """The fastest candidate inside the budget along the path, whose reach doubles until it has left it.
+        """The fastest candidate inside the budget along the path, whose reach grows until it has left it.
+
+        It grows to the damage at which the budget would be spent, and some more, if drop grew with damage.
 
         Places that are not predicted to be faster than the ground by `_LEAST_GAIN` are not judged.
         """
@@ -180,7 +184,8 @@ class WidthSearch:
             if trial.state is not TrialState.COMPLETE:
                 break
             here, low, best = path.places[high], high, trial
-            grown = 2.0 if (trial.drop or 0.0) > self.judge.budget.max_drop / 4 else 4.0
+            spent = max(trial.drop or 0.0, 0.0) / max(self.judge.budget.max_drop, _TINY)
+            grown = min(max(_OVERSHOOT / max(spent, _TINY), _OVERSHOOT), _MOST_GROWTH)
             further = self._reach(
                 path, damage=here.damage * grown, below_us=here.time_us - _LEAST_GAIN * ground_us
             )
