@@ -79,6 +79,18 @@ def test_a_stage_that_fails_is_over_too() -> None:
     assert forecast.remaining_s() is None
 
 
+def test_further_targets_are_told_and_bounded_by_the_end_of_the_run() -> None:
+    clock = Clock()
+    forecast = Forecast(clock=clock)
+    announce(forecast, FACTS, targets=3)
+    whole = forecast.remaining_s()
+    assert whole is not None and whole > 3 * sum(expected_seconds(FACTS).values())
+    forecast.end = clock.now + 60
+    assert forecast.remaining_s() == 60
+    clock.now += 70
+    assert forecast.remaining_s() == 0
+
+
 def test_a_time_limit_keeps_time_for_what_must_follow() -> None:
     found = divide(FACTS, now=10.0, end=300.0, limit_s=300.0, targets=1)
     choosing = expected_seconds(FACTS)["choose"]

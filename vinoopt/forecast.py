@@ -17,6 +17,8 @@ class Forecast:
 
     deadline: float | None = None
     """When stages that can be cut short are, in `clock` seconds."""
+    end: float | None = None
+    """When the whole run is to be over, further targets included."""
     clock: Callable[[], float] = time.monotonic
     took: dict[str, float] = field(default_factory=dict)
     """Seconds of the stages that are over."""
@@ -53,7 +55,8 @@ class Forecast:
         cut = sum(seconds for name, seconds in left.items() if name not in self._uncut)
         if self.deadline is not None:
             cut = min(cut, max(self.deadline - self.clock(), 0.0))
-        return cut + sum(seconds for name, seconds in left.items() if name in self._uncut)
+        total = cut + sum(seconds for name, seconds in left.items() if name in self._uncut)
+        return total if self.end is None else min(total, max(self.end - self.clock(), 0.0))
 
     def _left(self, name: str, seconds: float) -> float:
         began = self._since.get(name)

@@ -400,6 +400,7 @@ def _deadlines(material: Material, started: float, *, targets: int) -> Deadlines
         return None
     found = divide(material.facts, now=time.monotonic(), end=started + limit, limit_s=limit, targets=targets)
     material.forecast.deadline = found.search if targets == 1 else None
+    material.forecast.end = started + limit
     return found
 
 
