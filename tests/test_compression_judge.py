@@ -313,12 +313,20 @@ def test_an_interrupt_of_the_search_keeps_its_trials(model: ov.Model, reference:
 # --------------------------------------------------------------------------- weights
 
 
-def heavy(rows: int = 1) -> ov.Model:
-    """Two wide layers: all its time is the fetching of weights, unless many rows share them."""
+def heavy(rows: int = 1, *, repeats: int = 0) -> ov.Model:
+    """Two wide layers: all its time is the fetching of weights, unless many rows share them.
+
+    Before them, if asked for, a small one that is used so many times.
+    """
     x = ops.parameter([rows, 1024], np.float32, name="x")
     x.output(0).set_names({"x"})
     rng = np.random.default_rng(1)
     y: ov.Node = x
+    if repeats:
+        narrow = ops.constant(rng.normal(size=(1024 // repeats, 1024 // repeats), scale=0.1).astype(np.float32))
+        parts = ops.reshape(x, ops.constant(np.array([repeats, 1024 // repeats])), False)
+        parts = ops.matmul(parts, narrow, False, False, name="narrow")
+        y = ops.reshape(parts, ops.constant(np.array([rows, 1024])), False)
     for number in range(2):
         weights = ops.constant(rng.normal(size=(1024, 1024), scale=0.03).astype(np.float32))
         y = ops.relu(ops.matmul(y, weights, False, False, name=f"wide{number}"))
@@ -331,16 +339,19 @@ def test_weights_bind_a_model_that_uses_each_of_them_once(model: ov.Model) -> No
     assert traffic is not None
     assert traffic.fetched == 2 * 1024 * 1024 * 4 >= LEAST_BYTES
     assert traffic.is_bound
+    assert traffic.shared == ()
     shared = weigh(heavy(rows=64))
     assert shared is not None
     assert not shared.is_bound
+    assert shared.shared == ("wide0", "wide1")
     convolutions = weigh(model)
     assert convolutions is not None
     assert not convolutions.is_bound
 
 
-def test_weight_only_candidates_are_judged_where_weights_bind(tmp_path: Path) -> None:
-    wide = heavy()
+@pytest.mark.parametrize("repeats", [0, 32])
+def test_weight_only_candidates_are_judged_where_weights_bind(tmp_path: Path, repeats: int) -> None:
+    wide = heavy(repeats=repeats)
     spec = TensorSpec(name="x", shape=(1, 1024), dtype="float32")
     data = from_arrays(RNG.normal(size=(12, 1024)).astype(np.float32), inputs=[spec])
     store = Store.open("judge", root=tmp_path)
@@ -359,7 +370,9 @@ def test_weight_only_candidates_are_judged_where_weights_bind(tmp_path: Path) ->
     tried = [t.plan.weights.mode for t in judge.trials if t.plan.weights is not None]
     assert tried == ["int8_asym", "int4_asym"]
     assert all(t.state is TrialState.COMPLETE for t in judge.trials if t.plan.weights is not None)
-    assert "8.0 of 8.0 MiB" in reason
+    assert "8.0 of 8." in reason
+    spared = {t.plan.weights.float_layers for t in judge.trials if t.plan.weights is not None}
+    assert spared == {("narrow",) if repeats else ()}, "what is used often is better left as it is"
 
 
 def test_a_model_that_weights_do_not_bind_is_left_alone(

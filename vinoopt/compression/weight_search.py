@@ -35,6 +35,8 @@ class WeightTraffic:
     """Weights that are used `REUSE` times at most."""
     moved: int
     """Weights and activations of all layers."""
+    shared: tuple[str, ...] = ()
+    """Layers whose weights are used more often: unpacking them would cost more than it saves."""
 
     @property
     def is_bound(self) -> bool:
@@ -55,7 +57,9 @@ def weigh(model: ov.Model) -> WeightTraffic | None:
     except ShapeError:
         return None
     fetched = sum(4 * each.weights for each in costs if 0 < each.macs <= REUSE * each.weights)
-    return WeightTraffic(fetched=fetched, moved=sum(4 * (each.weights + each.activations) for each in costs))
+    shared = tuple(sorted({each.name for each in costs if each.weights and each.macs > REUSE * each.weights}))
+    moved = sum(4 * (each.weights + each.activations) for each in costs)
+    return WeightTraffic(fetched=fetched, moved=moved, shared=shared)
 
 
 def search_weights(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) -> list[str]:
@@ -69,12 +73,14 @@ def search_weights(judge: Judge, options: SearchOptions, *, say: Callable[[str],
         return [f"weight-only compression was left out: {traffic}; {least}"]
     why = "it cannot be quantized otherwise" if failed else str(traffic)
     say(f"weight-only compression: {why}")
-    tried = [trial for plan in _plans(judge, options) for trial in _judged(judge, options, plan)]
+    # What cannot be quantized is stored smaller throughout; else only where that pays.
+    spared = () if failed or traffic is None else traffic.shared
+    floats = tuple(sorted({*options.base.float_layers, *spared}))
+    tried = [trial for plan in _plans(judge, options, floats) for trial in _judged(judge, options, plan)]
     return [f"weight-only compression was tried ({why}): {'; '.join(map(_words, tried))}"] if tried else []
 
 
-def _plans(judge: Judge, options: SearchOptions) -> Iterator[WeightCompressionPlan]:
-    ignored = options.base.float_layers
+def _plans(judge: Judge, options: SearchOptions, ignored: tuple[str, ...]) -> Iterator[WeightCompressionPlan]:
     yield WeightCompressionPlan(float_layers=ignored)
     if judge.yardstick.target.device not in _INT4_DEVICES or options.effort == "fast":
         return
