@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
+from vinoopt import serde
 from vinoopt.bench import (
     BenchResult,
     Contestant,
@@ -115,10 +116,42 @@ def test_a_tenth_faster_is_found_under_common_noise() -> None:
     assert found >= 190
 
 
+def _compiled_often(name: str, effects: Sequence[float], place: int, rng: np.random.Generator) -> Measurement:
+    """80 rounds of as many compilations as there are effects, in the order in which the protocol takes them."""
+    count = len(effects)
+    ran = [(number + place * (number // count)) % count for number in range(80)]
+    rounds = [math.exp(effects[each] + rng.normal(0, 0.005)) for each in ran]
+    return _measurement(name, rounds).model_copy(update={"instances": tuple(ran)})
+
+
+def test_what_compilations_differ_by_is_not_called_a_difference() -> None:
+    rng = np.random.default_rng(4)
+    wrong = found = 0
+    for _ in range(200):
+        spread = [rng.normal(0, 0.02, 4) for _ in range(2)]
+        same = [_compiled_often("ab"[place], each, place, rng) for place, each in enumerate(spread)]
+        wrong += compare(*same).is_significant
+        slower = [_compiled_often("a", spread[0] + 0.1, 0, rng), same[1]]
+        found += compare(*slower).is_significant
+    assert wrong <= 10, "at least 19 of 20 say that there is no significant difference"
+    assert found >= 190
+
+
 def test_a_difference_within_the_spread_of_compilations_is_not_significant() -> None:
     result = compare(_measurement("a", [1.004] * 40), _measurement("b", [1.0] * 40))
     assert not result.is_significant
     assert result.speedup == pytest.approx(1.004)
+
+
+def test_every_compilation_has_its_turns_and_meets_every_other(onnx_file: Path) -> None:
+    model = ov.Core().read_model(onnx_file)
+    contestants = [Contestant(name=name, model=model) for name in "ab"]
+    config = MeasureConfig(rounds=16, min_round_ms=40, warmup_ms=1, instances=2)
+    result = measure(contestants, SAMPLES, config=config)
+    a, b = (each.instances for each in result.measurements)
+    assert sorted(zip(a, b, strict=True)) == [pair for pair in itertools.product((0, 1), repeat=2) for _ in range(4)]
+    alone = measure(contestants, SAMPLES, config=serde.replace(SHORT, instances=1))
+    assert [each.instances for each in alone.measurements] == [(), ()]
 
 
 def test_comparison_turns_round_with_its_arguments() -> None:

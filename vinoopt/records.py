@@ -462,6 +462,8 @@ class Measurement(Record):
     samples: int = 0
     rounds_ms: tuple[float, ...] = ()
     """Median latency of each interleaved round."""
+    instances: tuple[int, ...] = ()
+    """Which of its compilations ran in each round; empty: it had one."""
     properties: RuntimeProperties | None = None
     """What it was compiled with; None where that is not known."""
     shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict)
@@ -490,6 +492,7 @@ class Comparison(Record):
     low: float
     high: float
     is_significant: bool
+    """Whether the whole interval is further from 1 than anybody would act on."""
     evidence: Evidence
 
 

@@ -16,9 +16,12 @@ from vinoopt.records import Comparison, Evidence, Measurement, Range
 TRIM = 0.2
 CONFIDENCE = 0.95
 LEAST_ROUNDS = 5
-INSTANCE_SPREAD = 0.005
-"""Two compilations of one model differ by up to about this share for good, by where their memory lies; no
-number of rounds averages that away, so the interval never claims more."""
+INSTANCE_SPREAD = 0.01
+"""Two compilations of one model differ for good, by where their memory lies: usually by less than this share, on a
+machine whose caches others use by up to three times as much. No number of rounds averages that away. Where each
+contestant was compiled several times, what was seen between its compilations is taken instead."""
+SAME = 0.005
+"""A difference of no more than this share is none that anybody would act on."""
 MAX_CORRELATION = 0.9
 RESAMPLES = 400
 _BINS = 2000
@@ -59,8 +62,9 @@ def paired_interval(differences: Sequence[float] | NDArray[np.float64]) -> Inter
 def compare(reference: Measurement, candidate: Measurement) -> Comparison:
     """How many times faster `candidate` is, with a 95% interval, from the rounds they ran side by side.
 
-    The difference is significant where the interval leaves 1. Rounds are paired by their position, so both
-    measurements must come out of one `measure` call. Raises `InputError` where they cannot be paired.
+    Its variance is that of the rounds, and that between the compilations that each contestant had. The difference
+    is significant where the whole interval is further than `SAME` from 1. Rounds are paired by their position, so
+    both measurements must come out of one `measure` call. Raises `InputError` where they cannot be paired.
     """
     pair = f'"{reference.name}" and "{candidate.name}"'
     if len(reference.rounds_ms) != len(candidate.rounds_ms):
@@ -72,7 +76,7 @@ def compare(reference: Measurement, candidate: Measurement) -> Comparison:
         raise InputError(f"{pair} rest on different evidence: {reference.evidence}, {candidate.evidence}")
     logs = np.log(np.asarray(reference.rounds_ms)) - np.log(np.asarray(candidate.rounds_ms))
     centre, low, high = paired_interval(logs)
-    half = math.hypot(high - centre, math.log1p(INSTANCE_SPREAD))
+    half = math.hypot(high - centre, _half_of_instances([reference, candidate], logs))
     low, high = centre - half, centre + half
     return Comparison(
         reference=reference.name,
@@ -80,9 +84,33 @@ def compare(reference: Measurement, candidate: Measurement) -> Comparison:
         speedup=math.exp(centre),
         low=math.exp(low),
         high=math.exp(high),
-        is_significant=low > 0 or high < 0,
+        is_significant=low > math.log1p(SAME) or high < -math.log1p(SAME),
         evidence=Evidence(reference.evidence),
     )
+
+
+def _half_of_instances(contestants: Sequence[Measurement], logs: NDArray[np.float64]) -> float:
+    """Half of the 95% interval that is due to which compilations the contestants happened to have.
+
+    Student's t on the variances of their compilations' means, with Welch's degrees of freedom (Satterthwaite 1946).
+    """
+    parts = [_variance_of_instances(each, logs) for each in contestants]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return 0.0
+    lost = sum(part**2 / freedom for part, freedom in parts)
+    freedom = variance**2 / lost if lost else math.inf
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance)
+
+
+def _variance_of_instances(measurement: Measurement, logs: NDArray[np.float64]) -> tuple[float, float]:
+    """Of a contestant's mean, with its degrees of freedom; assumed where it was compiled once."""
+    ran = np.asarray(measurement.instances)
+    known = np.unique(ran)
+    if len(known) < 2:
+        return (math.log1p(INSTANCE_SPREAD) / float(stats.norm.ppf((1 + CONFIDENCE) / 2))) ** 2, math.inf
+    means = [float(stats.trim_mean(logs[ran == each], TRIM)) for each in known]
+    return float(np.var(means, ddof=1)) / len(means), len(means) - 1
 
 
 def percentile_ranges(

@@ -30,6 +30,8 @@ REQUESTS_TO_FILL = 32
 """A throughput turn runs at least so many samples, so that filling and draining the queue hardly count."""
 WAVES = 8
 """For the same reason, so many times the requests in flight."""
+_COMPILING_SHARE = 0.25
+"""Of the time that a contestant is measured, what compiling it again may take."""
 _PERCENTILES = (50, 90, 99)
 
 
@@ -47,6 +49,9 @@ class MeasureConfig(Record):
     warmup_ms: float = Field(default=100.0, ge=0)
     seconds: float | None = Field(default=None, gt=0)
     seed: int = 0
+    instances: int = Field(default=4, ge=1)
+    """Compilations of each contestant, which run in turn: one may be faster than the next for good, by where its
+    memory lies. Fewer where compiling again would take more than a quarter of the time."""
     start_up: bool = False
     """Whether every contestant is also opened in processes of its own, before the rounds and beyond `seconds`, for
     its compile and first-inference times, cold and with the model cache, and its peak memory."""
@@ -89,7 +94,8 @@ class BenchResult(Record):
 @dataclass(slots=True)
 class _Racer:
     name: str
-    runner: Runner
+    runners: tuple[Runner, ...]
+    """The same contestant, compiled several times."""
     samples: int
     batch: int
     properties: RuntimeProperties | None
@@ -101,6 +107,19 @@ class _Racer:
     rounds_ms: list[float] = field(default_factory=list)
     latencies_ms: list[NDArray[np.float64]] = field(default_factory=list)
     """Of each round."""
+    instances: list[int] = field(default_factory=list)
+    """The runner of each round."""
+
+    @property
+    def runner(self) -> Runner:
+        """The first of them, where any will do."""
+        return self.runners[0]
+
+    def runner_in(self, round_number: int, place: int) -> Runner:
+        """The runner whose turn it is; two racers of different places meet each other's in every combination."""
+        count = len(self.runners)
+        self.instances.append((round_number + place * (round_number // count)) % count)
+        return self.runners[self.instances[-1]]
 
 
 def measure(
@@ -125,7 +144,8 @@ def measure(
     starts = [_started(each, samples, config) for each in contestants]
     start = time.monotonic()
     watch = Watch()
-    racers = [_ready(each, samples, config) for each in contestants]
+    share_s = _measured_s(config) / len(contestants)
+    racers = [_ready(each, samples, config, share_s) for each in contestants]
     for racer, (found, warnings) in zip(racers, starts, strict=True):
         racer.start_up, racer.warnings = found, (*racer.runner.warnings, *warnings)
     rng = np.random.default_rng(config.seed)
@@ -133,7 +153,7 @@ def measure(
     with _without_garbage_collection():
         for done in range(1, 1_000_000):
             for index in rng.permutation(len(racers)):
-                _take_turn(racers[index], done, config.mode)
+                _take_turn(racers[index], done, config.mode, place=int(index))
             pace = (time.monotonic() - rounds_start) / done
             planned = planned_rounds(config, pace, rounds_start - start)
             if progress is not None:
@@ -180,20 +200,39 @@ def _started(
         return None, (f"{contestant.name}: its start-up could not be measured: {first}",)
 
 
-def _ready(contestant: Contestant, common: Sequence[Sample], config: MeasureConfig) -> _Racer:
+def _measured_s(config: MeasureConfig) -> float:
+    """Seconds that all contestants together are to be measured."""
+    return config.rounds * config.min_round_ms / 1e3 if config.seconds is None else config.seconds
+
+
+def _compiled_again(contestant: Contestant, first: Runner, config: MeasureConfig, share_s: float) -> list[Runner]:
+    """More runners of a contestant that is measured for `share_s`, as many as that allows."""
+    if not isinstance(contestant.model, ov.Model | Path) or first.compile_ms is None:
+        return []
+    affordable = int(_COMPILING_SHARE * share_s * 1e3 / max(first.compile_ms, 1e-3))
+    return [open_runner(contestant, mode=config.mode) for _ in range(min(config.instances - 1, affordable))]
+
+
+def _ready(
+    contestant: Contestant, common: Sequence[Sample], config: MeasureConfig, share_s: float
+) -> _Racer:
     """The contestant compiled, warm, and with its number of inferences per turn settled."""
     runner = open_runner(contestant, mode=config.mode)
     samples = common if contestant.samples is None else contestant.samples
-    runner.load(samples)
+    runners = (runner, *_compiled_again(contestant, runner, config, share_s))
+    for each in runners:
+        each.load(samples)
     racer = _Racer(
         name=contestant.name,
-        runner=runner,
+        runners=runners,
         samples=len(samples),
         batch=contestant.batch,
         properties=_properties(contestant, config.mode),
         shapes={name: np.shape(array) for name, array in samples[0].items()},
     )
     racer.first_ms = _timed(runner, 0)
+    for each in runners[1:]:
+        _timed(each, 0)
     times = [_timed(runner, index % racer.samples) for index in (1, 2)]
     while sum(times) < config.warmup_ms:
         times.append(_timed(runner, len(times) % racer.samples))
@@ -222,17 +261,18 @@ def least_requests(in_flight: int, *, batch: int) -> int:
     return max(math.ceil(REQUESTS_TO_FILL / batch), WAVES * in_flight)
 
 
-def _take_turn(racer: _Racer, round_number: int, mode: MeasureMode) -> None:
+def _take_turn(racer: _Racer, round_number: int, mode: MeasureMode, *, place: int) -> None:
+    runner = racer.runner_in(round_number - 1, place)
     first = round_number * 7919  # a prime: rounds begin at different samples
     indices = [(first + i) % racer.samples for i in range(racer.per_turn)]
     for index in indices[: math.ceil(SETTLE_SHARE * len(indices))]:
-        racer.runner.infer(index)
+        runner.infer(index)
     if mode is MeasureMode.LATENCY:
-        times = [_timed(racer.runner, index) for index in indices]
+        times = [_timed(runner, index) for index in indices]
         racer.rounds_ms.append(float(np.median(times)))
     else:
         start = time.perf_counter_ns()
-        times = list(racer.runner.stream(indices))
+        times = list(runner.stream(indices))
         racer.rounds_ms.append((time.perf_counter_ns() - start) / 1e6 / (len(indices) * racer.batch))
     racer.latencies_ms.append(np.asarray(times, np.float64))
 
@@ -260,6 +300,7 @@ def _measurement(racer: _Racer, mode: MeasureMode, evidence: Evidence) -> Measur
         **_throughput(racer, mode),
         samples=len(latencies),
         rounds_ms=tuple(racer.rounds_ms),
+        instances=tuple(racer.instances) if len(racer.runners) > 1 else (),
         properties=racer.properties,
         shapes=racer.shapes,
         batch=racer.batch,

@@ -29,6 +29,8 @@ from vinoopt.tuning.trials import (
 
 FINAL_ROUNDS = 15
 DUEL_ROUNDS = 40
+_ANEW = 1.3
+"""Time of a duel over that of its rounds: its contestants are compiled several times."""
 LEADERS = 3
 """Settings that are combined with each other, and that reach the final."""
 SUGGESTED_HEATS = 2
@@ -286,7 +288,7 @@ class _Race:
         return None if best is None else next(trial for trial in leaders if trial.setting == best[1])
 
     def _duel(self, rivals: Sequence[SettingTrial], parts: int) -> BenchResult | None:
-        """The default and the rivals, all compiled anew: how fast a compilation came out in the final is chance.
+        """The default and the rivals, all compiled anew, several times: how fast a compilation came out is chance.
 
         None where the last of them does not run.
         """
@@ -296,16 +298,17 @@ class _Race:
             return None
         self._begin_all(entrants)
         try:
-            return self.track.measure(entrants, self._rounds(DUEL_ROUNDS, entrants, parts))
+            rounds = self._rounds(DUEL_ROUNDS, entrants, _ANEW * parts)
+            return self.track.measure(entrants, rounds, is_last=True)
         except DeviceError as exc:
             self._fail(rivals[-1].setting, exc)
             return None
 
     def _lonely_default(self, parts: int) -> BenchResult:
         self.track.renew_default()
-        return self.track.measure([], self._rounds(DUEL_ROUNDS, [], parts))
+        return self.track.measure([], self._rounds(DUEL_ROUNDS, [], _ANEW * parts), is_last=True)
 
-    def _rounds(self, wanted: int, entrants: Sequence[Entrant], parts: int) -> int:
+    def _rounds(self, wanted: int, entrants: Sequence[Entrant], parts: float) -> int:
         """As many rounds as wanted, or as fit into one of so many parts of the time that is left."""
         left_ms = (self.end - time.monotonic()) * 1e3 / parts
         settings = [each.setting for each in entrants]

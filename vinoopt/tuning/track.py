@@ -105,12 +105,17 @@ class Track:
         reason = self._departure(found, self.parity)
         return reason and reason + self._where(setting, self.task.model)
 
-    def measure(self, entrants: Sequence[Entrant], rounds: int) -> BenchResult:
-        """The default and the entrants side by side; fewer rounds with batches, whose turns are the longer ones."""
+    def measure(self, entrants: Sequence[Entrant], rounds: int, *, is_last: bool = False) -> BenchResult:
+        """The default and the entrants side by side; fewer rounds with batches, whose turns are the longer ones.
+
+        What `is_last` decides is compiled anew, several times: a setting must not win by where its memory lay.
+        """
         if any(each.setting.batch is not None for each in entrants):
             rounds = max(HEAT_ROUNDS, rounds // 3)
         own = self.batching.own if self.batching is not None else 1
         default = Contestant(name=DEFAULT, model=self.default, device=self.task.device, batch=own)
+        if is_last:
+            default = self._anew(DEFAULT, NOTHING, own)
         config = MeasureConfig(
             mode=MeasureMode(self.config.goal.value),
             rounds=rounds,
@@ -118,7 +123,14 @@ class Track:
             warmup_ms=2 * self.config.turn_ms,
             seed=self.config.seed,
         )
-        contestants = [default, *(self._contestant(each, own) for each in entrants)]
+        contestants = [default]
+        for each in entrants:
+            is_own = each.setting.batch is None or self.batching is None
+            contestants.append(
+                self._anew(each.setting.name, each.setting, own)
+                if is_last and is_own
+                else self._contestant(each, own)
+            )
         result = self._bench(contestants, self.task.samples, config=config)
         self.pace_ms = float(np.median(result.of(DEFAULT).rounds_ms))
         return result
@@ -144,6 +156,17 @@ class Track:
         """How many samples the outputs are compared on, so that a slow model does not spend its time on that."""
         latency_ms = self.measure([], LEAST_ROUNDS).of(DEFAULT).latency_p50_ms
         return min(max(int(_GATE_SHARE * seconds * 1e3 / latency_ms), _LEAST_PARITY_SAMPLES), PARITY_SAMPLES)
+
+    def _anew(self, name: str, setting: Setting, own: int) -> Contestant:
+        properties = self.properties(setting).as_dict()
+        return Contestant(
+            name=name,
+            model=self.task.model,
+            device=self.task.device,
+            properties=properties,
+            is_hinted=False,
+            batch=own,
+        )
 
     def _contestant(self, entrant: Entrant, own: int) -> Contestant:
         setting, compiled, device = entrant.setting, entrant.compiled, self.task.device
