@@ -26,9 +26,9 @@ from vinoopt.records import Comparison, Evidence, Measurement, Range, Record, Ru
 MAX_PER_TURN = 20_000
 SETTLE_SHARE = 0.1
 """Part of a turn that is run untimed first: the contestant before it took the caches."""
-REQUESTS_TO_FILL = 32
+REQUESTS_TO_FILL = 64
 """A throughput turn runs at least so many samples, so that filling and draining the queue hardly count."""
-WAVES = 8
+WAVES = 16
 """For the same reason, so many times the requests in flight."""
 _COMPILING_SHARE = 0.25
 """Of the time that a contestant is measured, what compiling it again may take."""
@@ -51,7 +51,8 @@ class MeasureConfig(Record):
     seed: int = 0
     instances: int = Field(default=4, ge=1)
     """Compilations of each contestant, which run in turn: one may be faster than the next for good, by where its
-    memory lies. Fewer where compiling again would take more than a quarter of the time."""
+    memory lies. Fewer where compiling again would take more than a quarter of the time; one where there is nothing
+    to compare."""
     start_up: bool = False
     """Whether every contestant is also opened in processes of its own, before the rounds and beyond `seconds`, for
     its compile and first-inference times, cold and with the model cache, and its peak memory."""
@@ -144,7 +145,7 @@ def measure(
     starts = [_started(each, samples, config) for each in contestants]
     start = time.monotonic()
     watch = Watch()
-    share_s = _measured_s(config) / len(contestants)
+    share_s = _measured_s(config) / len(contestants) if len(contestants) > 1 else 0.0
     racers = [_ready(each, samples, config, share_s) for each in contestants]
     for racer, (found, warnings) in zip(racers, starts, strict=True):
         racer.start_up, racer.warnings = found, (*racer.runner.warnings, *warnings)
@@ -206,9 +207,9 @@ def _measured_s(config: MeasureConfig) -> float:
 
 
 def _compiled_again(contestant: Contestant, first: Runner, config: MeasureConfig, share_s: float) -> list[Runner]:
-    """More runners of a contestant that is measured for `share_s`, as many as that allows."""
+    """More runners of a contestant that is measured beside others for `share_s`, as many as that allows."""
     if not isinstance(contestant.model, ov.Model | Path) or first.compile_ms is None:
-        return []
+        return []  # it comes compiled
     affordable = int(_COMPILING_SHARE * share_s * 1e3 / max(first.compile_ms, 1e-3))
     return [open_runner(contestant, mode=config.mode) for _ in range(min(config.instances - 1, affordable))]
 
