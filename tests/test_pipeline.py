@@ -61,7 +61,7 @@ def events() -> list[Event]:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory, events: list[Event]) -> Bundle:
     output = tmp_path_factory.mktemp("out") / "digits"
-    return compile_demo(output, tune=True, effort="balanced", time_limit_s=60.0, on_event=events.append)
+    return compile_demo(output, tune=True, effort="balanced", time_limit_s=100.0, on_event=events.append)
 
 
 def test_the_result_is_inside_the_budget_and_faster_than_float(bundle: Bundle) -> None:
