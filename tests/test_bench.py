@@ -137,6 +137,17 @@ def test_what_compilations_differ_by_is_not_called_a_difference() -> None:
     assert found >= 190
 
 
+def test_noise_of_rounds_is_not_taken_for_a_difference_of_compilations() -> None:
+    rng = np.random.default_rng(6)
+    widths = []
+    for _ in range(100):
+        same = [_compiled_often("ab"[place], [0.0] * 4, place, rng) for place in range(2)]
+        found = compare(*same)
+        logs = np.log(same[0].rounds_ms) - np.log(same[1].rounds_ms)
+        widths.append(math.log(found.high / found.low) / np.ptp(paired_interval(logs)[1:]))
+    assert np.median(widths) < 1.3
+
+
 def test_a_difference_within_the_spread_of_compilations_is_not_significant() -> None:
     result = compare(_measurement("a", [1.004] * 40), _measurement("b", [1.0] * 40))
     assert not result.is_significant

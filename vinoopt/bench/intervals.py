@@ -45,15 +45,13 @@ def paired_interval(differences: Sequence[float] | NDArray[np.float64]) -> Inter
     is the lag-1 autocorrelation, freed of its small-sample bias (Marriott and Pope 1954) and never negative.
     Raises `InputError` for fewer than 5 rounds.
     """
-    values = np.sort(np.asarray(differences, np.float64))
-    n = len(values)
+    values = np.asarray(differences, np.float64)
+    n, cut = len(values), int(TRIM * len(values))
     if n < LEAST_ROUNDS:
         raise InputError(f"{n} rounds are too few to compare; measure at least {LEAST_ROUNDS}")
-    cut = int(TRIM * n)
-    centre = float(values[cut : n - cut].mean())
-    winsorized = np.clip(np.asarray(differences, np.float64), values[cut], values[n - cut - 1])
-    inflation = _inflation(winsorized)
-    error = float(winsorized.std(ddof=1)) / ((1 - 2 * cut / n) * math.sqrt(n)) * math.sqrt(inflation)
+    centre, error = _trimmed(values)
+    inflation = _inflation(_winsorized(values))
+    error *= math.sqrt(inflation)
     freedom = max((n - 2 * cut) / inflation - 1, 2.0)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return Interval(centre, centre - half, centre + half)
@@ -109,8 +107,26 @@ def _variance_of_instances(measurement: Measurement, logs: NDArray[np.float64]) 
     known = np.unique(ran)
     if len(known) < 2:
         return (math.log1p(INSTANCE_SPREAD) / float(stats.norm.ppf((1 + CONFIDENCE) / 2))) ** 2, math.inf
-    means = [float(stats.trim_mean(logs[ran == each], TRIM)) for each in known]
-    return float(np.var(means, ddof=1)) / len(means), len(means) - 1
+    groups = [logs[ran == each] for each in known]
+    means, errors = zip(*(_trimmed(group) for group in groups), strict=True)
+    # What rounds scatter by is in the means as well, and counted already.
+    between = max(float(np.var(means, ddof=1)) - float(np.mean(np.square(errors))), 0.0)
+    return between / len(means), len(means) - 1
+
+
+def _trimmed(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The 20%-trimmed mean and its standard error, as if the values were independent."""
+    ordered, cut = np.sort(values), int(TRIM * len(values))
+    if len(values) < 2:
+        return float(ordered.mean()), 0.0
+    error = float(_winsorized(values).std(ddof=1)) / ((1 - 2 * cut / len(values)) * math.sqrt(len(values)))
+    return float(ordered[cut : len(values) - cut].mean()), error
+
+
+def _winsorized(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values, in their order, what is trimmed moved to the nearest that is not."""
+    ordered, cut = np.sort(values), int(TRIM * len(values))
+    return np.clip(values, ordered[cut], ordered[len(values) - cut - 1])
 
 
 def percentile_ranges(
