@@ -34,7 +34,7 @@ _RESERVES = {False: (0.6,), True: (0.8, 0.5)}
 """Whether the search is thorough -> shares of the best gain at which milder candidates are judged."""
 _OVERSHOOT, _MOST_GROWTH = 1.25, 4.0
 """Of the damage at which the budget is predicted to be spent, and of the damage so far: what is looked at next."""
-_DETOURS = {False: 2, True: 6}
+_DETOURS = {False: 0, True: 6}
 """Whether the search is thorough -> candidates that are judged around the step that left the budget."""
 _COUNTED_US = 1.0
 """Time per layer that counters on a device of this machine do not tell apart; they count whole microseconds."""
