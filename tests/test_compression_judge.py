@@ -370,7 +370,7 @@ def test_weight_only_candidates_are_judged_where_weights_bind(tmp_path: Path, re
     tried = [t.plan.weights.mode for t in judge.trials if t.plan.weights is not None]
     assert tried == ["int8_asym", "int4_asym"]
     assert all(t.state is TrialState.COMPLETE for t in judge.trials if t.plan.weights is not None)
-    assert "8.0 of 8." in reason
+    assert "8.0 of 8.0 MiB" in reason
     spared = {t.plan.weights.float_layers for t in judge.trials if t.plan.weights is not None}
     assert spared == {("narrow",) if repeats else ()}, "what is used often is better left as it is"
 

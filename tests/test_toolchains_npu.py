@@ -334,10 +334,10 @@ def test_estimate_is_kept_by_content(fake, ir, tmp_path):
 
 
 def test_estimates_of_another_library_under_the_same_version_are_made_anew(fake, ir):
-    fake("succeed()", library_stamp="1-1").estimate_latency(ir, npu(), NONE)
-    fake("succeed()", library_stamp="1-1").estimate_latency(ir, npu(), NONE)
+    fake("succeed()", compiler_stamp="1-1").estimate_latency(ir, npu(), NONE)
+    fake("succeed()", compiler_stamp="1-1").estimate_latency(ir, npu(), NONE)
     assert fake.runs() == 1
-    fake("succeed()", library_stamp="1-2").estimate_latency(ir, npu(), NONE)
+    fake("succeed()", compiler_stamp="1-2").estimate_latency(ir, npu(), NONE)
     assert fake.runs() == 2
 
 
@@ -350,7 +350,7 @@ def test_stamp_follows_the_library(tmp_path):
             (tmp_path / name).write_bytes(content)
         places = NpuPlaces(cache=tmp_path, compiler_folder=tmp_path)
         (route,) = [o.route for o in find_routes("9999", places) if o.route and o.route.shadowed_library]
-        stamps.append(route.library_stamp)
+        stamps.append(route.compiler_stamp)
     assert stamps[0] != stamps[1]
 
 

@@ -7,13 +7,13 @@ are then those of the product. Pruning, quantization, training and the float ref
 
 from __future__ import annotations
 
-import hashlib
 import io
 import pickle
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,6 +32,7 @@ from vinoopt.toolchains.calls import Call
 from vinoopt.toolchains.host import npu_platform
 from vinoopt.toolchains.npu_rewrites import rewrite_file
 from vinoopt.tuning import TuneConfig, TuneResult, TuneTask
+from vinoopt.tuning.task import samples_digest
 from vinoopt.yardsticks import Here, Sample
 
 _KEPT_BYTES = 1 << 30
@@ -113,9 +114,8 @@ class Lab:
         blocks: Sequence[str],
     ) -> Mapping[str, float]:
         """From the counters of the worker's device."""
-        times: Mapping[str, float] = self._ask(
-            _layer_times, model, device, dict(properties), tuple(samples), tuple(blocks)
-        )
+        timed = partial(Here().layer_times, blocks=tuple(blocks))
+        times: Mapping[str, float] = self._ask(timed, model, device, dict(properties), tuple(samples))
         return times
 
     def compile(
@@ -139,7 +139,7 @@ class Lab:
 
     def tune(self, task: TuneTask, config: TuneConfig) -> TuneResult:
         """The whole race on one worker."""
-        result: TuneResult = self._ask(_tune, task, config)
+        result: TuneResult = self._ask(Here().tune, task, config)
         return result
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -153,17 +153,8 @@ class Lab:
             size = max(sum(array.nbytes for array in data[0].values()), 1) if len(data) else 1
             count = min(max(_PARCEL_BYTES // size, 1), _PARCEL_CALLS)
             parts = [data.subset(range(n, min(n + count, len(data)))) for n in range(0, len(data), count)]
-            kept = self._known[id(data)] = (data, [(_content(part), part) for part in parts])
+            kept = self._known[id(data)] = (data, [(samples_digest(part), part) for part in parts])
         return kept[1]
-
-
-def _content(data: Dataset) -> str:
-    content = hashlib.sha256()
-    for sample in data:
-        for name, array in sorted(sample.items()):
-            content.update(f"{name}{array.dtype}{array.shape}".encode())
-            content.update(np.ascontiguousarray(array).tobytes())
-    return content.hexdigest()
 
 
 # --------------------------------------------------------------------------- what travels
@@ -242,16 +233,6 @@ def _bytes(calls: Calls) -> int:
     return sum(array.nbytes for call in calls for array in call.values())
 
 
-def _layer_times(
-    model: ov.Model,
-    device: Device,
-    properties: Mapping[str, str],
-    samples: Sequence[Sample],
-    blocks: Sequence[str],
-) -> Mapping[str, float]:
-    return Here().layer_times(model, device, properties, samples, blocks=blocks)
-
-
 def _compile(
     model: ov.Model, spec: DeviceSpec, properties: RuntimeProperties, samples: Sequence[Sample]
 ) -> tuple[Build, bytes | None, tuple[Call, ...]]:
@@ -260,7 +241,3 @@ def _compile(
         ov.save_model(model, ir, compress_to_fp16=False)
         build, outputs = Here().compile(ir, spec, properties=properties, output=blob, samples=samples)
         return build, blob.read_bytes() if blob.is_file() else None, outputs
-
-
-def _tune(task: TuneTask, config: TuneConfig) -> TuneResult:
-    return Here().tune(task, config)

@@ -130,7 +130,7 @@ class NpuToolchain:
         """
         route = self._route(spec, needs_cost_model=True)
         form = sorted(NpuEstimate.model_fields)
-        key = (route.version, route.library_stamp, harness_sha256(), form, npu_rewrites.VERSION)
+        key = (route.version, route.compiler_stamp, harness_sha256(), form, npu_rewrites.VERSION)
         store = Store.open(*key, root=self.places.cache / "npu-estimates")
         content = _content_key(model_path, _platform(spec), properties)
 

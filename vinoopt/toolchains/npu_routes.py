@@ -57,7 +57,7 @@ class Route:
     """Whether the model is linked into the child's folder: wine cannot open every path of this machine."""
     has_cost_model: bool = True
     """Whether the compiler writes a schedule with modelled times; a driver's does not."""
-    library_stamp: str = ""
+    compiler_stamp: str = ""
     """Size and time of the compiler's library: another one under the same version gives other figures."""
 
 
@@ -172,7 +172,7 @@ def _library_beside_openvino() -> RouteOption:
             version=f"OpenVINO {openvino_version()}",
             command=command,
             env=PACKAGE_PATH,
-            library_stamp=_stamp(folder / libraries[0]),
+            compiler_stamp=_stamp(folder / libraries[0]),
         )
     )
 
@@ -196,7 +196,7 @@ def _library_in_folder(places: NpuPlaces) -> RouteOption:
         command=tuple(module_command(WORKER)),
         env=PACKAGE_PATH,
         shadowed_library=places.compiler_folder.resolve(),
-        library_stamp=_stamp(places.compiler_folder / _LIBRARIES["linux"][0]),
+        compiler_stamp=_stamp(places.compiler_folder / _LIBRARIES["linux"][0]),
     )
     return _present(route)
 
@@ -232,7 +232,7 @@ def wine_route(places: NpuPlaces, *, version: str) -> Route:
         command=(str(places.wine), str(places.installation / "bin" / "npuh.exe")),
         env=wine_environment(places.installation / "prefix"),
         links_model=True,
-        library_stamp=_stamp(places.installation / "bin" / _LIBRARIES["win32"][0]),
+        compiler_stamp=_stamp(places.installation / "bin" / _LIBRARIES["win32"][0]),
     )
 
 

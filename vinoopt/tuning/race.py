@@ -293,7 +293,6 @@ class _Race:
         None where the last of them does not run.
         """
         entrants = [each for trial in rivals if (each := self._entrant(trial)) is not None]
-        self.track.renew_default()
         if len(entrants) < len(rivals):
             return None
         self._begin_all(entrants)
@@ -305,7 +304,6 @@ class _Race:
             return None
 
     def _lonely_default(self, parts: int) -> BenchResult:
-        self.track.renew_default()
         return self.track.measure([], self._rounds(DUEL_ROUNDS, [], _ANEW * parts), is_last=True)
 
     def _rounds(self, wanted: int, entrants: Sequence[Entrant], parts: float) -> int:

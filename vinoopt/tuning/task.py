@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ def digest_of(task: TuneTask, config: TuneConfig, space: Mapping[str, Values]) -
     facts = {
         "model": _fingerprint(task.model),
         "reference": _fingerprint(task.reference) if task.reference is not None else None,
-        "samples": _samples_digest(task.samples),
+        "samples": samples_digest(task.samples),
         "device": task.device,
         "machine": _machine(task.device),
         "openvino": ov.get_version(),
@@ -62,7 +62,8 @@ def _machine(device: str) -> dict[str, str]:
     return {**facts, "cores": str(cores)}
 
 
-def _samples_digest(samples: Sequence[Sample]) -> str:
+def samples_digest(samples: Iterable[Sample]) -> str:
+    """Digest of names, shapes, types and values."""
     digest = hashlib.sha256()
     for sample in samples:
         for name, array in sorted(sample.items()):
