@@ -21,8 +21,10 @@ from vinoopt.bench import (
     measure,
     start_up,
 )
+from vinoopt.bench.pace import pace_contestant
 from vinoopt.demo import demo_files
 from vinoopt.errors import InputError
+from vinoopt.fleet import Job, measure_job
 from vinoopt.hardware.detect import fingerprint
 from vinoopt.records import Evidence, HostFingerprint, Measurement
 
@@ -111,10 +113,40 @@ def test_a_slower_moment_falls_out_where_the_runs_share_a_contestant(host: HostF
     assert found.through == ("fp32",)
     assert not found.comparison.is_significant
     assert found.comparison.speedup == pytest.approx(1.0, abs=0.02)
-    faster = compare_runs(before, record(host, ("new", 2.0), ("fp32", 6.0), seed=20)).comparison
+    faster = compare_runs(before, record(host, ("new", 1.0), ("fp32", 4.4), seed=20)).comparison
     assert faster.is_significant
-    assert faster.speedup == pytest.approx(1.5, abs=0.03)
-    assert faster.low < 1.5 < faster.high
+    assert faster.speedup == pytest.approx(2.2, abs=0.04)
+    assert faster.low < 2.2 < faster.high
+
+
+def test_what_a_slower_moment_does_to_the_ratio_itself_is_no_difference(host: HostFingerprint) -> None:
+    """Times that two runs of one bundle really had: the small model is slowed more than the one beside it."""
+    quick = record(host, ("it", 0.100), ("int8", 0.222))
+    slow = record(host, ("it", 0.154), ("int8", 0.294), seed=10)
+    assert not compare_runs(quick, slow).comparison.is_significant
+    assert not compare_runs(slow, quick).comparison.is_significant
+    better = record(host, ("it", 0.080), ("int8", 0.294), seed=20)  # faster at a slower moment: another model
+    assert compare_runs(quick, better).comparison.is_significant
+
+
+def test_the_pace_of_the_device_stands_in_for_a_contestant(host: HostFingerprint) -> None:
+    quick = serde.replace(record(host, ("it", 0.100)), pace=measured("pace", 0.090, 1))
+    slow = serde.replace(record(host, ("it", 0.154), seed=10), pace=measured("pace", 0.117, 2))
+    found = compare_runs(quick, slow)
+    assert not found.comparison.is_significant
+    assert found.through == ()
+    assert any("took 1.30 times as long for the same in candidate as in reference" in w for w in found.warnings)
+    worse = serde.replace(slow, pace=quick.pace)  # nothing but the model has changed
+    assert compare_runs(quick, worse).comparison.is_significant
+
+
+def test_the_pace_is_taken_beside_the_contestants_and_not_shown_among_them() -> None:
+    config = MeasureConfig(rounds=5, min_round_ms=0.5, warmup_ms=1, start_up=False)
+    contestants = (Contestant(name="wide", model=wide()),)
+    found = measure_job(Job(name="j", contestants=contestants, samples=(SAMPLE,), config=config))
+    assert [each.name for each in found.result.measurements] == ["wide"]
+    assert found.pace is not None and len(found.pace.rounds_ms) == 5
+    assert pace_contestant("GPU.7", MeasureMode.LATENCY) is None
 
 
 def test_times_alone_are_compared_with_the_spread_between_runs(host: HostFingerprint) -> None:

@@ -158,11 +158,13 @@ def test_faster_candidates_are_trained_in_rounds_and_may_win(tmp_path: Path) -> 
 def test_what_training_brought_inside_is_the_start_for_faster_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "STAGE_S", 30.0)
+    monkeypatch.setattr(stage, "STAGE_S", 30.0)  # a round of several candidates takes but a quarter of it
     judge = judge_in(tmp_path, max_drop=2.0)  # whatever is trained is inside
-    result = distill_beyond(judge, found_by(judge, {0.6: 6, 0.0: 4}), StageOptions(), say=lambda text: None)
+    known = {0.85: 8, 0.75: 7, 0.5: 6, 0.0: 4}
+    result = distill_beyond(judge, found_by(judge, known), StageOptions(), say=lambda text: None)
     trained = [len(t.plan.widths[0].kept) for t in result.trials if t.plan.distillation is not None]
-    assert trained == [6, 4], "the second is predicted to be faster than the first, and looked at behind it"
+    assert trained[-1] == 4, "predicted to be faster than all others, and looked at behind them"
+    assert len(trained) > 1 and set(trained[:-1]) <= {8, 7, 6}
 
 
 def test_what_was_trained_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

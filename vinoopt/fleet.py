@@ -29,10 +29,12 @@ from typing import Any
 import onnx
 import openvino as ov
 
+from vinoopt import serde
 from vinoopt.bench import BenchResult, Contestant, MeasureConfig, Sample, measure
+from vinoopt.bench.pace import pace_contestant
 from vinoopt.errors import InputError, ToolchainCrashed, ToolchainMissing, VinooptError
 from vinoopt.hardware.detect import detect_host, fingerprint, match_host
-from vinoopt.records import Device, HostFingerprint, Record
+from vinoopt.records import Device, HostFingerprint, Measurement, Record
 
 HERE = "here"
 CONNECT_S = 10.0
@@ -69,6 +71,8 @@ class Measured(Record):
     """Address of the worker, or `here`."""
     host: HostFingerprint
     result: BenchResult
+    pace: Measurement | None = None
+    """See `bench.runs.BenchRecord`."""
 
 
 class Unmeasured(Record):
@@ -97,8 +101,17 @@ def announcement() -> tuple[str, ...]:
 
 def measure_job(job: Job, *, worker: str = HERE) -> Measured:
     """The job measured on this machine; raises what `bench.measure` raises."""
-    result = measure(job.contestants, job.samples, config=job.config)
-    return Measured(job=job.name, worker=worker, host=fingerprint(), result=result)
+    beside = pace_contestant(job.contestants[0].device, job.config.mode)
+    extra = [] if beside is None else [beside]
+    result = measure([*job.contestants, *extra], job.samples, config=job.config)
+    own, pace = result.measurements[: len(job.contestants)], result.measurements[len(job.contestants) :]
+    return Measured(
+        job=job.name,
+        worker=worker,
+        host=fingerprint(),
+        result=serde.replace(result, measurements=own),
+        pace=pace[0] if pace else None,
+    )
 
 
 def run(

@@ -190,8 +190,8 @@ def planned_rounds(config: MeasureConfig, pace_s: float, spent_s: float) -> int:
 def _started(
     contestant: Contestant, common: Sequence[Sample], config: MeasureConfig
 ) -> tuple[StartUp | None, tuple[str, ...]]:
-    """The contestant's start-up where that is asked for, or why there is none."""
-    if not config.start_up:
+    """The contestant's start-up where that is asked for, or why there is none; what is compiled has started."""
+    if not config.start_up or isinstance(contestant.model, ov.CompiledModel):
         return None, ()
     samples = common if contestant.samples is None else contestant.samples
     try:

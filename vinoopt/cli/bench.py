@@ -162,7 +162,7 @@ def _run(
     measured = measure_job(job)
     for message in (*lineup.messages, *measured.result.warnings):
         click.echo(message, err=True)
-    record = BenchRecord.of(measured.result, measured.host, inputs=lineup.origin)
+    record = BenchRecord.of(measured.result, measured.host, inputs=lineup.origin, pace=measured.pace)
     click.echo(strict_json(record) if as_json else to_text(measured.result))
     _end(record.comparisons, fail_below)
 
@@ -242,7 +242,9 @@ def _fleet_json(report: FleetReport, inputs: str) -> str:
     from vinoopt.cli.show import strict_json
 
     records = [
-        BenchRecord.of(each.result, each.host, inputs=inputs, job=each.job, worker=each.worker)
+        BenchRecord.of(
+            each.result, each.host, inputs=inputs, pace=each.pace, job=each.job, worker=each.worker
+        )
         for each in report.measured
     ]
     whole = {"measured": records, "unmeasured": report.unmeasured}
