@@ -109,10 +109,12 @@ def compare_runs(
         for name in (each.name for each in reference.measurements[1:])
         if name in {each.name for each in candidate.measurements[1:]}
     ]
-    beside = [(_named(reference, name), _named(candidate, name)) for name in shared]
-    if not beside and reference.pace is not None and candidate.pace is not None:
-        beside = [(reference.pace, candidate.pace)]
-    found = [_beside(*pair, (a, b)) for pair in beside] or [_alone(a, b)]
+    if shared:
+        found = [_beside(_named(reference, n), _named(candidate, n), (a, b), RELATIVE_SPREAD) for n in shared]
+    elif reference.pace is not None and candidate.pace is not None:
+        found = [_beside(reference.pace, candidate.pace, (a, b), RUN_SPREAD)]
+    else:
+        found = [_alone(a, b)]
     centre = float(np.mean([each.centre for each in found]))
     half = max(each.half for each in found)
     comparison = Comparison(
@@ -168,11 +170,13 @@ class _Found(NamedTuple):
     """Of its 95% interval."""
 
 
-def _beside(theirs: Measurement, ours: Measurement, subjects: tuple[Measurement, Measurement]) -> _Found:
+def _beside(
+    theirs: Measurement, ours: Measurement, subjects: tuple[Measurement, Measurement], spread: float
+) -> _Found:
     """By what ran beside both: `theirs` in the reference's run, `ours` in the candidate's."""
     first, second = compare(theirs, subjects[0]), compare(ours, subjects[1])
     halves = (math.log(each.high / each.speedup) for each in (first, second))
-    half = math.hypot(*halves, math.log1p(RELATIVE_SPREAD), PACE_SHARE * _slower(theirs, ours))
+    half = math.hypot(*halves, math.log1p(spread), PACE_SHARE * _slower(theirs, ours))
     return _Found(math.log(second.speedup / first.speedup), half)
 
 
