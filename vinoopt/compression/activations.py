@@ -47,6 +47,40 @@ def iterate_calls(model: ov.Model, samples: Iterable[Sample], *, size: int) -> I
     yield _join(waiting)
 
 
+def open_batch(*models: ov.Model) -> bool:
+    """Open the first axis of all inputs, in place, of all models or of none; whether that is done.
+
+    A file often fixes its batch though nothing in the graph hangs on it. Left alone is a model whose shapes do not
+    follow; `iterate_calls` finds out about constants that carry the batch.
+    """
+    if not all(_can_open(model.clone()) for model in models):
+        return False
+    for model in models:
+        model.reshape(_opened_shapes(model))
+    return True
+
+
+def _can_open(model: ov.Model) -> bool:
+    """Whether every output's first axis follows that of the inputs; changes the model."""
+    shapes = [port.get_partial_shape() for port in (*model.inputs, *model.outputs)]
+    if not all(shape.rank.is_static and shape.rank.get_length() > 0 for shape in shapes):
+        return False
+    if len({str(shape[0]) for shape in shapes}) > 1:
+        return False
+    try:
+        model.reshape(_opened_shapes(model))
+    except RuntimeError:
+        return False
+    ends = [port.get_partial_shape() for port in model.outputs]
+    return all(shape.rank.is_static and shape.rank.get_length() > 0 and shape[0].is_dynamic for shape in ends)
+
+
+def _opened_shapes(model: ov.Model) -> dict[int, ov.PartialShape]:
+    return {
+        index: ov.PartialShape([-1, *list(port.get_partial_shape())[1:]]) for index, port in enumerate(model.inputs)
+    }
+
+
 def _leading(call: Batch) -> int:
     return int(next(iter(call.values())).shape[0])
 

@@ -23,7 +23,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as opset
 
-from vinoopt.compression.activations import ActivationStream, Sample, iterate_calls
+from vinoopt.compression.activations import ActivationStream, Sample, iterate_calls, open_batch
 from vinoopt.compression.contractions import (
     Contraction,
     biased_output,
@@ -224,6 +224,7 @@ def fit_stand_ins(
     The ridge is chosen on every eighth sample, held back from the fit.
     """
     graph = model.clone()
+    open_batch(graph)
     listed = list(samples)
     calls = list(iterate_calls(graph, listed, size=_SAMPLES_PER_CALL))
     nodes = {node.get_friendly_name(): node for node in graph.get_ops()}

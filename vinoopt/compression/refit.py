@@ -19,7 +19,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from vinoopt.compression.activations import ActivationStream, Sample, Tensor, iterate_calls
+from vinoopt.compression.activations import ActivationStream, Sample, Tensor, iterate_calls, open_batch
 from vinoopt.compression.contractions import (
     Contraction,
     bias_vector,
@@ -319,6 +319,7 @@ class _Walk:
         if self._settings.time_limit_s is not None:
             self._ends_at = time.monotonic() + self._settings.time_limit_s
         whole, small = original.clone(), compressed.clone()
+        open_batch(whole, small)
         known = index_contractions(whole)
         self._pairs = [(known[each.name], each) for each in select_contractions(small, names)]
         for _, layer in self._pairs:

@@ -47,6 +47,18 @@ def solve(covariance: Matrix, cross: Matrix, scale: float) -> Matrix:
     return solution
 
 
+def _solve_each(within: Matrix, cross: Matrix, scale: float) -> Matrix:
+    """`solve` for many small systems at once: [groups, columns, columns] and [groups, columns, outputs]."""
+    diagonals = np.diagonal(within, axis1=1, axis2=2)
+    levels = np.maximum(max(scale, _LEAST_RIDGE) * diagonals.mean(axis=1), np.finfo(np.float64).tiny)
+    is_flat = ~diagonals.any(axis=1)
+    levels[is_flat] = 1.0
+    damped = within + levels[:, None, None] * np.eye(within.shape[1])
+    solution: Matrix = np.linalg.solve(damped, cross)
+    solution[is_flat] = 0.0
+    return solution
+
+
 def solve_rows(rows: Array, target: Matrix, scale: float) -> Matrix:
     """`solve` for the covariance of centred `rows`, in the dual: as many unknowns as there are rows."""
     count, columns = rows.shape
@@ -117,12 +129,12 @@ class PairedSums:
         if np.isinf(ridge):
             return np.zeros_like(self.xe), mean_e
         scale = ridge * self.x.shape[1] / self.rows
-        change = np.stack(
-            [
-                solve(xx / self.rows - np.outer(x, x), xe / self.rows - np.outer(x, e), scale)
-                for xx, xe, x, e in zip(self.xx, self.xe, mean_x, mean_e, strict=True)
-            ]
-        )
+        within = self.xx / self.rows - mean_x[:, :, None] * mean_x[:, None, :]
+        cross = self.xe / self.rows - mean_x[:, :, None] * mean_e[:, None, :]
+        if len(within) == 1:
+            change = solve(within[0], cross[0], scale)[None]
+        else:
+            change = _solve_each(within, cross, scale)
         return change, mean_e - np.einsum("gk,gko->go", mean_x, change)
 
     def error(self, change: Matrix, shift: Matrix) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from vinoopt.compression.activations import Part, Sample, in_order, iterate_calls
+from vinoopt.compression.activations import Part, Sample, in_order, iterate_calls, open_batch
 from vinoopt.compression.contractions import (
     Array,
     Contraction,
@@ -107,6 +107,7 @@ def collect_statistics(
     """
     calls = samples if isinstance(samples, Collection) else list(samples)
     graph = model.clone()
+    open_batch(graph)
     turns = _turns(_collectors(graph, layers, (rows_per_sample, seed, memory_bytes)), memory_bytes)
     done, total = 0, len(turns) * len(calls)
     finished: dict[str, Moments] = {}
