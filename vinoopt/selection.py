@@ -28,9 +28,11 @@ from vinoopt.yardsticks import SideBySide, TargetYardstick, runtime_properties
 
 FLOAT, PLAIN_INT8, CHOSEN = "float", "plain INT8", "vinoopt"
 """Names of the contestants in the final measurement."""
+_TIMED_AGAIN = 6
+"""Candidates that are timed again together."""
 _SHORTLIST = 4
-"""Candidates that are timed again together, and that the test part is asked about without remark: among many, one
-is inside the budget there by chance."""
+"""Candidates that the test part is asked about without remark: among many, one is inside the budget there by
+chance."""
 _NAMED = 3
 """Float blocks that are named in one sentence."""
 _SMALLER = 0.98
@@ -151,7 +153,7 @@ class _Selection:
         Each was timed at another moment of the search, so the order of near ones is partly chance.
         """
         candidates = list(self.found.candidates)
-        front, rest = candidates[:_SHORTLIST], candidates[_SHORTLIST:]
+        front, rest = candidates[:_TIMED_AGAIN], candidates[_TIMED_AGAIN:]
         if len(front) < 2 or self.is_late:
             return candidates
         self.say(f"the {len(front)} fastest candidates side by side")

@@ -25,6 +25,7 @@ from vinoopt.records import (
     AccuracyBudget,
     CompressionPlan,
     DeviceSpec,
+    Evidence,
     Measurement,
     Precision,
     Target,
@@ -264,8 +265,13 @@ class Judge:
         ]
 
     def _in_one_unit(self, candidates: Sequence[tuple[CompressionPlan, ov.Model]]) -> list[Measurement]:
-        """Latencies as the journal's trials have them: a yardstick starts with a unit of its own in every run."""
-        anchor = self._anchor
+        """Latencies as the journal's trials have them.
+
+        A yardstick starts with a unit of its own in every run, and where it times things its unit moves with the pace
+        of the machine: candidates are then timed beside the fastest baseline, which is more like them than the float
+        model.
+        """
+        anchor = self._anchor or self._fastest_baseline()
         if anchor is None or anchor.latency is None:
             found = list(self.yardstick.measure_together(candidates))
         else:
@@ -273,6 +279,14 @@ class Judge:
             first, *found = self.yardstick.measure_together([(anchor.plan, model), *candidates])
             self._unit, self._anchor = anchor.latency.latency_p50_ms / first.latency_p50_ms, None
         return [serde.replace(each, latency_p50_ms=each.latency_p50_ms * self._unit) for each in found]
+
+    def _fastest_baseline(self) -> Trial | None:
+        """Of this run's trials without pruning, where their times were measured."""
+        timed = [t for t in self.trials if t.latency is not None and not (t.plan.widths or t.plan.distillation)]
+        fastest = min(timed, key=lambda t: t.latency.latency_p50_ms if t.latency else math.inf, default=None)
+        if fastest is None or fastest.latency is None:
+            return None
+        return fastest if fastest.latency.evidence in (Evidence.MEASURED, Evidence.EMULATED) else None
 
     def _new_trial(self, plan: CompressionPlan, note: str) -> Trial:
         return Trial(

@@ -66,7 +66,7 @@ class RefitSettings:
     """Layers that keep their weights if they have lost nothing."""
     rows_per_sample: int = 64
     seed: int = 0
-    memory_bytes: int = 1 << 30
+    memory_bytes: int = 3 << 28
     """For the activations held between layers, of both models together."""
     time_limit_s: float | None = None
     """Layers that are not reached in time keep their weights."""

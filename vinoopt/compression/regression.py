@@ -131,10 +131,8 @@ class PairedSums:
         scale = ridge * self.x.shape[1] / self.rows
         within = self.xx / self.rows - mean_x[:, :, None] * mean_x[:, None, :]
         cross = self.xe / self.rows - mean_x[:, :, None] * mean_e[:, None, :]
-        if len(within) == 1:
-            change = solve(within[0], cross[0], scale)[None]
-        else:
-            change = _solve_each(within, cross, scale)
+        is_one = len(within) == 1
+        change = solve(within[0], cross[0], scale)[None] if is_one else _solve_each(within, cross, scale)
         return change, mean_e - np.einsum("gk,gko->go", mean_x, change)
 
     def error(self, change: Matrix, shift: Matrix) -> float:

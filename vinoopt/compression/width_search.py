@@ -184,7 +184,7 @@ class WidthSearch:
             if trial.state is not TrialState.COMPLETE:
                 break
             here, low, best = path.places[high], high, trial
-            spent = max(trial.drop or 0.0, 0.0) / max(self.judge.budget.max_drop, _TINY)
+            spent = max(trial.expected_drop or 0.0, 0.0) / max(self.judge.budget.max_drop, _TINY)
             grown = min(max(_OVERSHOOT / max(spent, _TINY), _OVERSHOOT), _MOST_GROWTH)
             further = self._reach(
                 path, damage=here.damage * grown, below_us=here.time_us - _LEAST_GAIN * ground_us
