@@ -129,6 +129,24 @@ def test_what_a_slower_moment_does_to_the_ratio_itself_is_no_difference(host: Ho
     assert compare_runs(quick, better).comparison.is_significant
 
 
+def test_what_the_pace_says_counts_beside_a_contestant_that_was_not_slowed(host: HostFingerprint) -> None:
+    before = serde.replace(record(host, ("it", 0.100), ("fp32", 4.0)), pace=measured("pace", 0.090, 1))
+    after = serde.replace(record(host, ("it", 0.125), ("fp32", 4.0), seed=10), pace=measured("pace", 0.117, 2))
+    assert not compare_runs(before, after).comparison.is_significant
+    assert compare_runs(before, serde.replace(after, pace=before.pace)).comparison.is_significant
+
+
+def test_a_contestant_of_another_device_does_not_tell_the_pace(host: HostFingerprint) -> None:
+    def beside(ms: float, other_ms: float, seed: int) -> BenchRecord:
+        whole = record(host, ("it", ms), ("onnxruntime", other_ms), seed=seed)
+        subject, other = whole.measurements
+        return serde.replace(whole, measurements=(serde.replace(subject, device="GPU"), other))
+
+    found = compare_runs(beside(1.0, 4.0, 0), beside(1.0, 8.0, 10))
+    assert found.through == ()
+    assert not found.comparison.is_significant
+
+
 def test_the_pace_of_the_device_stands_in_for_a_contestant(host: HostFingerprint) -> None:
     quick = serde.replace(record(host, ("it", 0.100)), pace=measured("pace", 0.090, 1))
     slow = serde.replace(record(host, ("it", 0.154), seed=10), pace=measured("pace", 0.117, 2))

@@ -20,7 +20,7 @@ from vinoopt.compression.options import SearchOptions
 from vinoopt.compression.quantize import _translated
 from vinoopt.compression.search import search
 from vinoopt.compression.weight_search import LEAST_BYTES, search_weights, weigh
-from vinoopt.errors import CompressionError
+from vinoopt.errors import CompressionError, DeviceError
 from vinoopt.records import (
     AccuracyBudget,
     CompressionPlan,
@@ -266,6 +266,44 @@ def test_another_session_times_in_the_first_one_s_unit(
     trial = later.judge(with_floats("inner1"))
     assert trial.latency is not None
     assert trial.latency.latency_p50_ms == pytest.approx(1.1)
+
+
+class Wandering(Ruler):
+    """Its machine slows down from one timing to the next, whatever is asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.together: list[int] = []
+        self.refused: CompressionPlan | None = None
+
+    def measure_together(self, candidates: Sequence[tuple[CompressionPlan, ov.Model]]) -> tuple[Measurement, ...]:
+        if self.refused in [plan for plan, _ in candidates]:
+            raise DeviceError("out of memory")
+        self.together.append(len(candidates))
+        self.unit *= 1.3
+        found = super().measure_together(candidates)
+        return tuple(each.model_copy(update={"evidence": Evidence.MEASURED}) for each in found)
+
+
+def test_measured_candidates_are_timed_beside_a_baseline_that_stays(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge = judge_of(model, reference, tmp_path, ruler := Wandering())
+    judge.judge_anchors({"float": [FLOAT], "plain INT8": [INT8]})
+    trials = [judge.judge(with_floats("inner1")), judge.judge(with_floats("inner1", "inner2"))]
+    assert ruler.together == [2, 2, 2]
+    times = [t.latency.latency_p50_ms for t in (*judge.trials[:2], *trials) if t.latency is not None]
+    assert times == pytest.approx([1.3 * each for each in (1.4, 1.0, 1.1, 1.2)]), "in one unit, though the pace wanders"
+
+
+def test_a_baseline_that_cannot_be_timed_again_does_not_take_the_others_with_it(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge = judge_of(model, reference, tmp_path, ruler := Wandering())
+    judge.judge_anchors({"float": [FLOAT], "plain INT8": [INT8]})
+    ruler.refused = INT8
+    assert judge.judge(with_floats("inner1")).state is TrialState.COMPLETE
+    assert ruler.together == [2, 1]
 
 
 def test_a_metric_of_another_strictness_is_another_metric(

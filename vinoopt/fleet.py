@@ -101,8 +101,8 @@ def announcement() -> tuple[str, ...]:
 
 def measure_job(job: Job, *, worker: str = HERE) -> Measured:
     """The job measured on this machine; raises what `bench.measure` raises."""
-    beside = pace_contestant(job.contestants[0].device, job.config.mode)
-    extra = [] if beside is None else [beside]
+    beside = [pace_contestant(each.device, job.config.mode) for each in job.contestants[:1]]
+    extra = [each for each in beside if each is not None]
     result = measure([*job.contestants, *extra], job.samples, config=job.config)
     own, pace = result.measurements[: len(job.contestants)], result.measurements[len(job.contestants) :]
     return Measured(

@@ -598,6 +598,19 @@ class Trial(Record):
     error: str = ""
     note: str = ""
 
+    @property
+    def likely_drop(self) -> float | None:
+        """What is expected on other samples where that is known, else what was seen."""
+        return self.drop if self.expected_drop is None else self.expected_drop
+
+    @property
+    def drop_words(self) -> str:
+        """`drop +0.0197, expected +0.0066`: what was seen, and what is expected on other samples if that differs."""
+        seen, expected = self.drop or 0.0, self.expected_drop
+        if expected is None or f"{expected:+.4f}" == f"{seen:+.4f}":
+            return f"drop {seen:+.4f}"
+        return f"drop {seen:+.4f}, expected {expected:+.4f}"
+
 
 class Event(Record):
     """Progress of long work, for whoever shows it."""

@@ -16,7 +16,7 @@ LEAST_SEARCH = 0.4
 _FINAL_SHARE = 0.02
 """Of a time limit, what one contestant of a final comparison is measured for; at most `FINAL_S`."""
 _LEAST_FINAL_S = 0.4
-_FINALISTS = 6
+_FINALISTS = 8
 """Contestants in the two final comparisons of one target, usually."""
 _BASELINES = 2
 _WRITING_S = 3.0

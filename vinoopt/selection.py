@@ -192,7 +192,7 @@ class _Selection:
                 break
             refused.append(trial)
             self.reasons.append(
-                f"{trial.plan.title} was let through on the search part ({_drop_words(trial)}) but not on the test "
+                f"{trial.plan.title} was let through on the search part ({trial.drop_words}) but not on the test "
                 f"part (drop {drop.value:+.4f}): stepped back along the frontier"
             )
         if len(refused) >= _SHORTLIST:
@@ -362,14 +362,7 @@ def trial_line(trial: Trial) -> str:
         parts.append("not faster than what is known, so not judged")
     if trial.drop is not None:
         over = "" if trial.state is TrialState.COMPLETE else ", over budget"
-        parts.append(f"{_drop_words(trial)}{over}")
+        parts.append(f"{trial.drop_words}{over}")
     if trial.latency is not None:
         parts.append(f"{trial.latency.latency_p50_ms:.3g} ms ({trial.latency.evidence})")
     return ": ".join(parts)
-
-
-def _drop_words(trial: Trial) -> str:
-    """`drop +0.0197, expected +0.0066`: what was seen, and what is expected on other samples if that differs."""
-    seen, expected = trial.drop or 0.0, trial.expected_drop
-    words = f"drop {seen:+.4f}"
-    return words if expected is None or f"{expected:+.4f}" == f"{seen:+.4f}" else f"{words}, expected {expected:+.4f}"

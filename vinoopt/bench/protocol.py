@@ -51,8 +51,8 @@ class MeasureConfig(Record):
     seed: int = 0
     instances: int = Field(default=4, ge=1)
     """Compilations of each contestant, which run in turn: one may be faster than the next for good, by where its
-    memory lies. Fewer where compiling again would take more than a quarter of the time; one where there is nothing
-    to compare."""
+    memory lies. Fewer where compiling again would take more than a quarter of the time; one where nothing
+    is beside it."""
     start_up: bool = False
     """Whether every contestant is also opened in processes of its own, before the rounds and beyond `seconds`, for
     its compile and first-inference times, cold and with the model cache, and its peak memory."""

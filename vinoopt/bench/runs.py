@@ -81,7 +81,7 @@ class RunComparison(Record):
 
     comparison: Comparison
     through: tuple[str, ...] = ()
-    """Contestants of both runs by which the machine was cancelled out; empty: the times themselves were compared."""
+    """Contestants of both runs by which the machine was cancelled out; empty: by the pace alone, if it was taken."""
     warnings: tuple[str, ...] = ()
 
 
@@ -93,8 +93,8 @@ def compare_runs(
     Where the runs share contestants, each subject is taken relative to those that ran beside it, so that most of a
     slower moment or of another machine falls out of the ratio; what may be left of it widens the interval. Else the
     times themselves are compared, by the pace of the device where both runs took it. Only a difference beyond what
-    two runs of the same thing show is significant. Raises `InputError` for runs of different modes, evidence, devices
-    or batches.
+    two runs of the same thing show on a quiet machine, and beyond what the pace explains, is significant. Raises
+    `InputError` for runs of different modes, evidence, devices or batches.
     """
     a, b = reference.subject, candidate.subject
     if reference.mode is not candidate.mode:
@@ -104,11 +104,9 @@ def compare_runs(
     if (a.device, a.batch) != (b.device, b.batch):
         one, other = (f"{each.name} on {each.device} at batch {each.batch}" for each in (a, b))
         raise InputError(f"the runs are of different things: {one}, {other}; measure both alike")
-    shared = [
-        name
-        for name in (each.name for each in reference.measurements[1:])
-        if name in {each.name for each in candidate.measurements[1:]}
-    ]
+    others = {each.name for each in candidate.measurements[1:] if each.device == b.device}
+    shared = [each.name for each in reference.measurements[1:] if each.name in others and each.device == a.device]
+    pace = 0.0 if reference.pace is None or candidate.pace is None else _slower(reference.pace, candidate.pace)
     if shared:
         found = [_beside(_named(reference, n), _named(candidate, n), (a, b), RELATIVE_SPREAD) for n in shared]
     elif reference.pace is not None and candidate.pace is not None:
@@ -116,7 +114,7 @@ def compare_runs(
     else:
         found = [_alone(a, b)]
     centre = float(np.mean([each.centre for each in found]))
-    half = max(each.half for each in found)
+    half = max(*(each.half for each in found), PACE_SHARE * abs(pace))
     comparison = Comparison(
         reference=f"{names[0]}: {a.name}",
         candidate=f"{names[1]}: {b.name}",
@@ -197,7 +195,7 @@ def _words_about_pace(
     reference: BenchRecord, candidate: BenchRecord, names: tuple[str, str]
 ) -> tuple[str, ...]:
     if reference.pace is None or candidate.pace is None:
-        return ()
+        return ("one of the runs did not take the pace of the device: how far it changed is not known",)
     pace = _slower(reference.pace, candidate.pace)
     if abs(pace) < math.log1p(_TOLD):
         return ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -18,16 +19,21 @@ Sample: TypeAlias = Mapping[str, Tensor]
 Batch: TypeAlias = dict[str, Tensor]
 
 _FLOAT = {"INFERENCE_PRECISION_HINT": "f32"}
+CALL_BYTES = 256 << 20
+"""Of tensors that one call hands out."""
 _BATCH_TOLERANCE = 1e-3
 """Relative; kernels for other batch sizes sum in another order, a mixed-up batch is off by far more."""
 
 
-def iterate_calls(model: ov.Model, samples: Iterable[Sample], *, size: int) -> Iterator[Batch]:
+def iterate_calls(
+    model: ov.Model, samples: Iterable[Sample], *, size: int, also: Sequence[ov.Model] = ()
+) -> Iterator[Batch]:
     """Whole model calls of about `size` samples each, in order, made as they are asked for.
 
     Samples are joined along their first axis where every input and output of the model leaves it open, and
     where joining two of them gives the same outputs as running them apart (a constant inside the graph may
-    carry the batch). Otherwise each sample is a call of its own. Raises `DataError` where there are none.
+    carry the batch), in `model` and in those that are `also` to be run. Otherwise each sample is a call of its own.
+    Raises `DataError` where there are none.
     """
     calls = ({name: np.asarray(value) for name, value in sample.items()} for sample in samples)
     first = list(itertools.islice(calls, 2))
@@ -36,7 +42,7 @@ def iterate_calls(model: ov.Model, samples: Iterable[Sample], *, size: int) -> I
     per_call = (
         size // _leading(first[0]) if len(first) > 1 and _signature(first[0]) == _signature(first[1]) else 1
     )
-    if per_call > 1 and not _keeps_samples_apart(model, first):
+    if per_call > 1 and not all(_keeps_samples_apart(each, first) for each in (model, *also)):
         per_call = 1
     waiting: list[Batch] = []
     for call in itertools.chain(first, calls):
@@ -104,6 +110,7 @@ def _keeps_samples_apart(model: ov.Model, pair: Sequence[Batch]) -> bool:
     ):
         return False
     whole = Part([result.input_value(0) for result in model.get_results()], model.get_parameters())
+    pair = [pair[0], _unlike(pair[1])]
     apart = [whole.run(in_order(model, call)) for call in pair]
     try:
         together = whole.run(in_order(model, _join(pair)))
@@ -113,10 +120,32 @@ def _keeps_samples_apart(model: ov.Model, pair: Sequence[Batch]) -> bool:
         expected = np.concatenate(singles)
         if joint.shape != expected.shape:
             return False
+        expected = expected.astype(np.float64)
         scale = max(float(np.abs(expected).max(initial=0.0)), 1e-30)
-        if float(np.abs(joint - expected).max(initial=0.0)) > _BATCH_TOLERANCE * scale:
+        if not float(np.abs(joint - expected).max(initial=0.0)) <= _BATCH_TOLERANCE * scale:  # not a number is no
             return False
     return True
+
+
+def _unlike(call: Batch) -> Batch:
+    """The call at half its values, so that no extreme of it is that of the call beside it; indices stay."""
+    return {
+        name: value // 2 if value.dtype == np.uint8 else value / 2 if value.dtype.kind == "f" else value
+        for name, value in call.items()
+    }
+
+
+def samples_per_call(outputs: Iterable[ov.Output], *, most: int) -> int:
+    """How many samples to run at once so that the values of all `outputs` together stay below `CALL_BYTES`.
+
+    Counts the sizes that the model fixes, beyond the first axis; ask before that is opened.
+    """
+    size = 0
+    for output in outputs:
+        shape = list(output.get_partial_shape()) if output.get_partial_shape().rank.is_static else []
+        lengths = [each.get_length() for each in shape[1:] if each.is_static]
+        size += math.prod(lengths) * output.get_element_type().size
+    return min(max(CALL_BYTES // max(size, 1), 1), most)
 
 
 class Part:

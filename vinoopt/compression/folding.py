@@ -23,7 +23,13 @@ import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as opset
 
-from vinoopt.compression.activations import ActivationStream, Sample, iterate_calls, open_batch
+from vinoopt.compression.activations import (
+    ActivationStream,
+    Sample,
+    iterate_calls,
+    open_batch,
+    samples_per_call,
+)
 from vinoopt.compression.contractions import (
     Contraction,
     biased_output,
@@ -224,9 +230,12 @@ def fit_stand_ins(
     The ridge is chosen on every eighth sample, held back from the fit.
     """
     graph = model.clone()
+    ends = {branch.end for branch in branches}
+    exposed = [each.data for name, each in index_contractions(graph).items() if name in ends]
+    size = samples_per_call(exposed, most=_SAMPLES_PER_CALL)
     open_batch(graph)
     listed = list(samples)
-    calls = list(iterate_calls(graph, listed, size=_SAMPLES_PER_CALL))
+    calls = list(iterate_calls(graph, listed, size=size))
     nodes = {node.get_friendly_name(): node for node in graph.get_ops()}
     contractions = index_contractions(graph)
     rng = np.random.default_rng(seed)

@@ -59,4 +59,5 @@ def _of_hits(before: np.ndarray, after: np.ndarray) -> float:
     expected, seen = changed / len(before) * (2 * share - 1), (lost - won) / len(before)
     if seen >= expected:
         return float(expected)
-    return float(seen + min(changed / CHANGES, 1.0) * (expected - seen))
+    luck = min(changed / CHANGES, 1.0) * (expected - seen)
+    return float(seen if luck < 0.5 / len(before) else seen + luck)  # half a sample is none

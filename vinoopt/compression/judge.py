@@ -47,6 +47,8 @@ _AS_FAST = 1.02
 OF_VALUES = frozenset({"cosine", "pooled_cosine", "sqnr", "mse"})
 """Metrics that take outputs for what they are, not for class scores: so do damages then."""
 
+_TIMED = (Evidence.MEASURED, Evidence.EMULATED)
+
 CANDIDATE_ERRORS = (CompressionError, DeviceError, PlanError, ToolchainError, MetricError)
 """What may go wrong with one candidate without ending the search; a bug in this package ends it."""
 
@@ -143,6 +145,8 @@ class Judge:
     _memo: Memo | None = None
     _probe_data: Dataset | None = None
     _anchor: Trial | None = None
+    """Of an earlier session, which the first timing of this one is to be in unit with."""
+    _steady: Trial | None = None
     _unit: float = 1.0
 
     def resume(self) -> int:
@@ -212,6 +216,7 @@ class Judge:
         if all(_key(plan) in self._known for _, plan in everything):
             for note, plan in everything:
                 self.judge(plan, note=note)
+            self._settle()
             return
         ran: list[tuple[Trial, ov.Model | None]] = []
         for note, plan in everything:
@@ -221,6 +226,7 @@ class Judge:
         timed = {trial.number: trial for trial in self._timed(runnable)}
         for trial, _ in ran:
             self._take(timed.get(trial.number, trial), is_new=True)
+        self._settle()
 
     def _take(self, trial: Trial, *, is_new: bool) -> Trial:
         if is_new:
@@ -271,22 +277,28 @@ class Judge:
         of the machine: candidates are then timed beside the fastest baseline, which is more like them than the float
         model.
         """
-        anchor = self._anchor or self._fastest_baseline()
+        anchor = self._steady or self._anchor
         if anchor is None or anchor.latency is None:
             found = list(self.yardstick.measure_together(candidates))
         else:
-            model = self.workshop.build(anchor.plan)
-            first, *found = self.yardstick.measure_together([(anchor.plan, model), *candidates])
-            self._unit, self._anchor = anchor.latency.latency_p50_ms / first.latency_p50_ms, None
+            try:
+                model = self.workshop.build(anchor.plan)
+                first, *found = self.yardstick.measure_together([(anchor.plan, model), *candidates])
+            except CANDIDATE_ERRORS:
+                found = list(self.yardstick.measure_together(candidates))
+                self._steady = None  # it was not their fault
+            else:
+                self._unit, self._anchor = anchor.latency.latency_p50_ms / first.latency_p50_ms, None
         return [serde.replace(each, latency_p50_ms=each.latency_p50_ms * self._unit) for each in found]
 
-    def _fastest_baseline(self) -> Trial | None:
-        """Of this run's trials without pruning, where their times were measured."""
-        timed = [t for t in self.trials if t.latency is not None and not (t.plan.widths or t.plan.distillation)]
-        fastest = min(timed, key=lambda t: t.latency.latency_p50_ms if t.latency else math.inf, default=None)
-        if fastest is None or fastest.latency is None:
-            return None
-        return fastest if fastest.latency.evidence in (Evidence.MEASURED, Evidence.EMULATED) else None
+    def _settle(self) -> None:
+        """Choose the baseline beside which all others are timed from here on: the fastest, if it was measured.
+
+        Once and for all: were it always the fastest so far, the luck of each would stay in the figures of the next.
+        """
+        pairs = [(t.latency, t) for t in self.trials if t.latency is not None]
+        timed = [(latency.latency_p50_ms, t) for latency, t in pairs if latency.evidence in _TIMED]
+        self._steady = min(timed, key=lambda pair: pair[0], default=(0.0, None))[1]
 
     def _new_trial(self, plan: CompressionPlan, note: str) -> Trial:
         return Trial(

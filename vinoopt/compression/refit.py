@@ -19,7 +19,14 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from vinoopt.compression.activations import ActivationStream, Sample, Tensor, iterate_calls, open_batch
+from vinoopt.compression.activations import (
+    ActivationStream,
+    Sample,
+    Tensor,
+    iterate_calls,
+    open_batch,
+    samples_per_call,
+)
 from vinoopt.compression.contractions import (
     Contraction,
     bias_vector,
@@ -47,6 +54,7 @@ _HELD_BACK = 8
 """Every so many-th sample is held back. It never enters a fit: layers behind would judge themselves by inputs that
 the layers before have already been fitted to, and choose too weak a ridge."""
 _SAMPLES_PER_CALL = 16
+_LEAST_CALLS = 2 * _HELD_BACK
 _MOST_SQUARES = 6144**2
 """Entries of a layer's second moment beyond which only `refit_local` takes part, whose rows are bounded."""
 
@@ -319,6 +327,10 @@ class _Walk:
         if self._settings.time_limit_s is not None:
             self._ends_at = time.monotonic() + self._settings.time_limit_s
         whole, small = original.clone(), compressed.clone()
+        at_once = min(
+            (samples_per_call([each.data], most=_SAMPLES_PER_CALL) for each in index_contractions(whole).values()),
+            default=1,
+        )
         open_batch(whole, small)
         known = index_contractions(whole)
         self._pairs = [(known[each.name], each) for each in select_contractions(small, names)]
@@ -327,7 +339,7 @@ class _Walk:
                 replace_bias(layer, np.zeros(layer.groups * layer.outputs))
         listed = list(samples)
         self._samples = len(listed)
-        calls = list(iterate_calls(whole, listed, size=_even_size(len(listed))))
+        calls = list(iterate_calls(whole, listed, size=_even_size(len(listed), at_once), also=[small]))
         room = self._settings.memory_bytes // 2
         self._whole = ActivationStream(whole, calls, memory_bytes=room)
         self._small = ActivationStream(small, calls, memory_bytes=room)
@@ -424,10 +436,14 @@ class _Walk:
         return biased_output(self._source), biased_output(layer), None
 
 
-def _even_size(count: int) -> int:
-    """How many samples to run at once: if possible a divisor, so that every stretch is compiled for one shape."""
-    divisor = max(size for size in range(1, _SAMPLES_PER_CALL + 1) if count % size == 0)
-    return divisor if 2 * divisor >= _SAMPLES_PER_CALL else _SAMPLES_PER_CALL
+def _even_size(count: int, most: int) -> int:
+    """How many samples to run at once: if possible a divisor, so that every stretch is compiled for one shape.
+
+    Few enough that calls can be held back where a tensor inside has no axis of samples.
+    """
+    most = max(min(most, count // _LEAST_CALLS), 1)
+    divisor = max(size for size in range(1, most + 1) if count % size == 0)
+    return divisor if 2 * divisor >= most else most
 
 
 def held_back(count: int, start: int = 0) -> NDArray[np.bool_]:

@@ -16,6 +16,10 @@ Matrix: TypeAlias = NDArray[np.float64]
 Array: TypeAlias = NDArray[np.floating]
 
 _LEAST_RIDGE = 1e-9
+_SMALL = 64
+"""Columns up to which the systems of all groups are solved at once."""
+_ROUNDED = 1e-13
+"""Of a second moment: a variance below that is what rounding left."""
 EXACT_COLUMNS = 1024
 """Up to here products run in float64; beyond, each call's product in float32 and only the sum in float64."""
 
@@ -47,11 +51,14 @@ def solve(covariance: Matrix, cross: Matrix, scale: float) -> Matrix:
     return solution
 
 
-def _solve_each(within: Matrix, cross: Matrix, scale: float) -> Matrix:
-    """`solve` for many small systems at once: [groups, columns, columns] and [groups, columns, outputs]."""
-    diagonals = np.diagonal(within, axis1=1, axis2=2)
-    levels = np.maximum(max(scale, _LEAST_RIDGE) * diagonals.mean(axis=1), np.finfo(np.float64).tiny)
-    is_flat = ~diagonals.any(axis=1)
+def _solve_each(within: Matrix, cross: Matrix, scale: float, second: Matrix) -> Matrix:
+    """`solve` for many small systems at once: [groups, columns, columns] and [groups, columns, outputs].
+
+    `second` are the moments before the means were taken away, which tell variance from what rounding left of it.
+    """
+    variances, powers = (np.diagonal(each, axis1=1, axis2=2).mean(axis=1) for each in (within, second))
+    levels = max(scale, _LEAST_RIDGE) * variances
+    is_flat = variances <= _ROUNDED * powers
     levels[is_flat] = 1.0
     damped = within + levels[:, None, None] * np.eye(within.shape[1])
     solution: Matrix = np.linalg.solve(damped, cross)
@@ -131,8 +138,10 @@ class PairedSums:
         scale = ridge * self.x.shape[1] / self.rows
         within = self.xx / self.rows - mean_x[:, :, None] * mean_x[:, None, :]
         cross = self.xe / self.rows - mean_x[:, :, None] * mean_e[:, None, :]
-        is_one = len(within) == 1
-        change = solve(within[0], cross[0], scale)[None] if is_one else _solve_each(within, cross, scale)
+        if within.shape[1] <= _SMALL:
+            change = _solve_each(within, cross, scale, self.xx / self.rows)
+        else:
+            change = np.stack([solve(each, right, scale) for each, right in zip(within, cross, strict=True)])
         return change, mean_e - np.einsum("gk,gko->go", mean_x, change)
 
     def error(self, change: Matrix, shift: Matrix) -> float:

@@ -21,7 +21,14 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from vinoopt.compression.activations import Part, Sample, in_order, iterate_calls, open_batch
+from vinoopt.compression.activations import (
+    Part,
+    Sample,
+    in_order,
+    iterate_calls,
+    open_batch,
+    samples_per_call,
+)
 from vinoopt.compression.contractions import (
     Array,
     Contraction,
@@ -107,13 +114,15 @@ def collect_statistics(
     """
     calls = samples if isinstance(samples, Collection) else list(samples)
     graph = model.clone()
+    sizes = {name: each.data for name, each in index_contractions(graph).items()}
+    size = samples_per_call([sizes[name] for name in dict.fromkeys(layers) if name in sizes], most=_SAMPLES_PER_CALL)
     open_batch(graph)
     turns = _turns(_collectors(graph, layers, (rows_per_sample, seed, memory_bytes)), memory_bytes)
     done, total = 0, len(turns) * len(calls)
     finished: dict[str, Moments] = {}
     for number, turn in enumerate(turns, start=1):
         part = Part([collector.data for collector in turn], graph.get_parameters())
-        for call in iterate_calls(graph, calls, size=_SAMPLES_PER_CALL):
+        for call in iterate_calls(graph, calls, size=size):
             for collector, tensor in zip(turn, part.run(in_order(graph, call)), strict=True):
                 collector.read(tensor)
             if progress is not None:

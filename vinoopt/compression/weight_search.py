@@ -112,4 +112,4 @@ def _words(trial: Trial) -> str:
     if trial.state is TrialState.FAILED:
         return f"{trial.plan.title} failed ({trial.error})"
     time = "" if trial.latency is None else f"{trial.latency.latency_p50_ms:.3g} ms, "
-    return f"{trial.plan.title} {time}drop {trial.drop or 0.0:+.4f} on the search part"
+    return f"{trial.plan.title} {time}{trial.drop_words} on the search part"

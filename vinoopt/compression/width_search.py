@@ -184,7 +184,7 @@ class WidthSearch:
             if trial.state is not TrialState.COMPLETE:
                 break
             here, low, best = path.places[high], high, trial
-            spent = max(trial.expected_drop or 0.0, 0.0) / max(self.judge.budget.max_drop, _TINY)
+            spent = max(trial.likely_drop or 0.0, 0.0) / max(self.judge.budget.max_drop, _TINY)
             grown = min(max(_OVERSHOOT / max(spent, _TINY), _OVERSHOOT), _MOST_GROWTH)
             further = self._reach(
                 path, damage=here.damage * grown, below_us=here.time_us - _LEAST_GAIN * ground_us
@@ -489,10 +489,10 @@ class WidthSearch:
             return f"pruning on top of {self.ground.title}: {gain:.2f}x ({best.note})"
         if not tried:
             return "no pruned candidate could be built in time"
-        nearest = min(tried, key=lambda t: t.drop if t.drop is not None else float("inf"))
+        nearest = min(tried, key=lambda t: t.likely_drop if t.likely_drop is not None else float("inf"))
         return (
             f"pruning buys nothing inside the budget: the mildest of {len(tried)} candidates "
-            f"({nearest.note}) drops {nearest.drop:+.4f} on the search part"
+            f"({nearest.note}): {nearest.drop_words} on the search part"
         )
 
     def _is_late(self) -> bool:

@@ -93,7 +93,7 @@ class _Runner:
     @property
     def promise(self) -> tuple[bool, float, float]:
         """To be sorted by: the least drop on the search part first, then what was not trained yet, by its damage."""
-        drop = math.inf if self.trial is None or self.trial.drop is None else self.trial.drop
+        drop = math.inf if self.trial is None or self.trial.likely_drop is None else self.trial.likely_drop
         return self.is_spent, drop, self.damage
 
 
@@ -367,8 +367,8 @@ class _Stage:
         runs = plan.distillation.runs if plan.distillation is not None else ()
         trial = self.judge.judge(plan, note=f"{sum(runs)} steps of distillation, {words}")
         self.made.clear()
-        before = math.inf if runner.trial is None or runner.trial.drop is None else runner.trial.drop
-        is_spent = trial.drop is None or trial.drop >= before
+        before = math.inf if runner.trial is None or runner.trial.likely_drop is None else runner.trial.likely_drop
+        is_spent = trial.likely_drop is None or trial.likely_drop >= before
         return replace(runner, plan=plan, trial=trial, is_spent=is_spent)
 
     def _with_runs(self, plan: CompressionPlan, runs: tuple[int, ...]) -> CompressionPlan:
@@ -427,19 +427,19 @@ class _Stage:
         if won:
             fastest = min(won, key=latency_of)
             ground = "nothing inside the budget" if best is None else best.plan.title
-            result = f"{fastest.plan.title}, drop {fastest.drop:+.4f} on the search part"
+            result = f"{fastest.plan.title}, {fastest.drop_words} on the search part"
             gain = math.inf if best is None else latency_of(best) / latency_of(fastest)
             if gain <= 1:
                 return f"distillation ({spent}) bought nothing: {result}, but {gain:.2f}x as fast as {ground}"
             bought = "a result" if best is None else f"{gain:.2f}x"
             return f"distillation ({spent}) bought {bought} on top of {ground}: {result}"
-        nearest = min((t for t in tried if t.drop is not None), key=lambda t: t.drop or 0.0, default=None)
+        nearest = min((t for t in tried if t.drop is not None), key=lambda t: t.likely_drop or 0.0, default=None)
         if nearest is None:
             return "distillation: no run came to its end"
         before = self._before(nearest)
         return (
             f"distillation ({spent}) brought no faster candidate into the budget: the "
-            f"nearest ({nearest.note}) drops {nearest.drop:+.4f}{before} on the search part"
+            f"nearest ({nearest.note}): {nearest.drop_words}{before} on the search part"
         )
 
     def _before(self, trial: Trial) -> str:
