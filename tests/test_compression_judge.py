@@ -293,7 +293,7 @@ def test_measured_candidates_are_timed_beside_a_baseline_that_stays(
     trials = [judge.judge(with_floats("inner1")), judge.judge(with_floats("inner1", "inner2"))]
     assert ruler.together == [2, 2, 2]
     times = [t.latency.latency_p50_ms for t in (*judge.trials[:2], *trials) if t.latency is not None]
-    assert times == pytest.approx([1.3 * each for each in (1.4, 1.0, 1.1, 1.2)]), "in one unit, though the pace wanders"
+    assert times == pytest.approx([1.3 * each for each in (1.4, 1.0, 1.1, 1.2)]), "one unit, whatever the pace"
 
 
 def test_a_baseline_that_cannot_be_timed_again_does_not_take_the_others_with_it(

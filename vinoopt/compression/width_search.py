@@ -21,6 +21,7 @@ from vinoopt.compression.widths import (
     lasting_shares,
     middle_width,
     offered_widths,
+    size_of,
     width_damages,
     with_best_orders,
 )
@@ -30,7 +31,7 @@ _RATIOS = (0.25, 0.5)
 """Shares of channels removed at which blocks are timed."""
 _LEAST_GAIN = 0.02
 """Candidates that differ by less than this share of the predicted time are not both judged."""
-_RESERVES = {False: (0.6,), True: (0.8, 0.5)}
+_RESERVES = {False: (0.6,), True: (0.8, 0.6, 0.4)}
 """Whether the search is thorough -> shares of the best gain at which milder candidates are judged."""
 _OVERSHOOT, _MOST_GROWTH = 1.25, 4.0
 """Of the damage at which the budget is predicted to be spent, and of the damage so far: what is looked at next."""
@@ -91,6 +92,8 @@ class WidthSearch:
         """Group -> width -> damage of this width alone."""
         self.lasting: Mapping[str, Mapping[int, float]] = {}
         """Group -> width -> share of these damages that the thorough refit leaves."""
+        self.gains_us: Mapping[str, float] = {}
+        """Block -> what INT8 saves there."""
         self.ground_us = 0.0
         """Predicted time of `ground`."""
         self.say = say
@@ -126,9 +129,7 @@ class WidthSearch:
         self.lasting = self._lasting_shares()
         self.free = self._free_blocks(tables)
 
-        def predict(widths: Mapping[str, int], floats: frozenset[str]) -> float:
-            return self._time_us(clock, widths) + sum(max(tables.gains_us.get(name, 0.0), 0.0) for name in floats)
-
+        self.gains_us = tables.gains_us
         path = Descent(
             Ground(
                 units={group.name: group.units for group in self.kit.coupling.groups},
@@ -138,11 +139,11 @@ class WidthSearch:
                 lasting=self.lasting,
                 least_us=self._least_us(),
             ),
-            predict=predict,
+            predict=self._predicted_us,
             probe=lambda widths: self._probe(self.kit.widths(widths)),
             is_late=self._is_late,
         )
-        self.path, self.ground_us = path, predict({}, self.free)
+        self.path, self.ground_us = path, self._predicted_us({}, self.free)
         first = self._reach(path, damage=0.0, below_us=self.ground_us * (1 - 2 * _LEAST_GAIN))
         if first is None:
             return [f"no narrower group is predicted to save time on {self.judge.yardstick.target}"]
@@ -160,15 +161,38 @@ class WidthSearch:
             return
         gain_us, step_us = self.ground_us - reached.time_us, _LEAST_GAIN * self.ground_us
         last_us = reached.time_us
+        known = [*path.places, *self._neighbours(reached)]
         for share in _RESERVES[self.is_thorough]:
             latest = self.ground_us - min(share * gain_us, self.ground_us - last_us - step_us)
-            milder = [p for p in path.places if p.damage < reached.damage and p.time_us >= latest]
-            place = min(milder, key=lambda p: p.time_us, default=None)
-            if place is None or place.time_us > self.ground_us - step_us or self._is_late():
+            milder = [p for p in known if p.damage < reached.damage and p.time_us >= latest]
+            fastest_us = min((p.time_us for p in milder), default=math.inf)
+            if fastest_us > self.ground_us - step_us or self._is_late():
                 return
+            as_fast = [p for p in milder if p.time_us <= fastest_us + step_us / 2]
+            place = min(as_fast, key=lambda p: p.damage)
             last_us = place.time_us
             if not self.judge.knows(self._plan(place)):
                 self._judged(place)
+
+    def _neighbours(self, place: Place) -> list[Place]:
+        """The place with one of its groups a step wider, or nearly whole, or whole again: milder by another way.
+
+        The path itself may have come there in few large steps. Their damage is that of the place, by what probes say.
+        """
+        whole = max(self._probe(self.kit.widths(place.widths)), _TINY)
+        found: list[Place] = []
+        for name, width in place.widths.items():
+            wider = [offered for offered in self.offers[name] if size_of(offered) > size_of(width)]
+            rest = {group: kept for group, kept in place.widths.items() if group != name}
+            for widths in (rest, *({**rest, name: offered} for offered in dict.fromkeys((*wider[-1:], *wider[:1])))):
+                if self._is_late():
+                    return found
+                share = min(self._probe(self.kit.widths(widths)) / whole, 1.0)
+                time_us = self._predicted_us(widths, place.floats)
+                found.append(
+                    Place(widths=widths, floats=place.floats, damage=share * place.damage, time_us=time_us)
+                )
+        return found
 
     def _follow(self, path: Descent, first: int, ground_us: float) -> Trial | None:
         """The fastest candidate inside the budget along the path, whose reach grows until it has left it.
@@ -289,6 +313,12 @@ class WidthSearch:
         """Whether times of blocks are counters of a device of this machine."""
         ground = next((t.latency for t in self.judge.trials if t.plan == self.ground and t.latency), None)
         return ground is not None and ground.evidence in (Evidence.MEASURED, Evidence.EMULATED)
+
+    def _predicted_us(self, widths: Mapping[str, int], floats: frozenset[str]) -> float:
+        """Of all blocks, where `floats` have not gone to INT8."""
+        if self.clock is None:
+            raise RuntimeError("nothing was timed yet")
+        return self._time_us(self.clock, widths) + sum(max(self.gains_us.get(name, 0.0), 0.0) for name in floats)
 
     def _time_us(self, clock: Clock, widths: Mapping[str, int]) -> float:
         """Of all blocks, the layers that stand for branches included."""
