@@ -1,13 +1,16 @@
 """Whether the measurement can be trusted: the same thing twice, and the same settings as benchmark_app.
 
     python scripts/bench_trust.py self                          # 20 runs of a model against itself, per hint
+    python scripts/bench_trust.py apart                         # 20 pairs of separate runs of a model, per hint
     python scripts/bench_trust.py benchmark_app                 # side by side with OpenVINO's own tool
     python scripts/bench_trust.py self --device GPU
 
 `self` measures two compilations of one model side by side, run after run: at least 19 of 20 must say "no
-significant difference". `benchmark_app` runs OpenVINO's benchmark_app and this package's measurement in turns, each
-several times, on the same IR with the same properties; the ratio is given with the spread of the turns of each. One
-JSON line per run goes to the output and to the terminal, a table at the end; what the output holds is not run again.
+significant difference". `apart` does the same with pairs of runs that were not side by side, as `vinoopt compare`
+takes them from two records. `benchmark_app` runs OpenVINO's benchmark_app and this package's measurement in turns,
+each several times, on the same IR with the same properties; the ratio is given with the spread of the turns of each.
+One JSON line per run goes to the output and to the terminal, a table at the end; what the output holds is not run
+again.
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ import openvino as ov
 from _cases import aligned, cases
 
 import vinoopt
-from vinoopt.bench import Contestant, MeasureConfig, MeasureMode, Sample, measure
+from vinoopt.bench import BenchRecord, Contestant, MeasureConfig, MeasureMode, Sample, compare_runs, measure
 from vinoopt.bench.conditions import require_device
 from vinoopt.errors import TargetError
+from vinoopt.fleet import Job, measure_job
 from vinoopt.frontend.parity import random_samples
 from vinoopt.hardware.detect import fingerprint
 
@@ -99,6 +103,35 @@ def self_table(rows: list[dict[str, Any]]) -> tuple[str, bool]:
             )
         )
     return aligned(lines), good
+
+
+def against_another_run(options: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
+    host = fingerprint()
+    for name, mode in product(options.model or MODELS[:1], options.hint or HINTS):
+        wanted = [run for run in range(options.runs) if key("apart", name, mode, run, options) not in known]
+        model, samples = loaded(name) if wanted else (None, [])
+        for run in wanted:
+            records = []
+            for seed in (2 * run, 2 * run + 1):
+                config = MeasureConfig(mode=mode, seconds=options.seconds, seed=seed)
+                only = Contestant(name="it", model=model, device=options.device)
+                job = Job(name="it", contestants=(only,), samples=tuple(samples), config=config)
+                measured = measure_job(job)
+                records.append(BenchRecord.of(measured.result, host, pace=measured.pace))
+            found = compare_runs(*records)
+            yield {
+                "key": key("apart", name, mode, run, options),
+                "what": "apart",
+                "model": name,
+                "hint": mode.value,
+                "speedup": found.comparison.speedup,
+                "low": found.comparison.low,
+                "high": found.comparison.high,
+                "is_significant": found.comparison.is_significant,
+                "p50_ms": records[0].subject.latency_p50_ms,
+                "rounds": len(records[0].subject.rounds_ms),
+                "warnings": list(found.warnings),
+            }
 
 
 # --------------------------------------------------------------------------- benchmark_app
@@ -196,6 +229,7 @@ def key(what: str, model: str, mode: MeasureMode, run: int, options: argparse.Na
 
 WAYS: dict[str, tuple[Callable[..., Iterator[dict[str, Any]]], Callable[..., tuple[str, bool]], int, float]] = {
     "self": (against_itself, self_table, 20, 4.0),
+    "apart": (against_another_run, self_table, 20, 4.0),
     "benchmark_app": (beside_benchmark_app, app_table, 3, 5.0),
 }
 """What is run, how it is shown, how often, and for how many seconds."""
@@ -207,8 +241,8 @@ def main() -> int:
     parser.add_argument("--model", action="append", choices=tuple(cases()), help="repeatable")
     parser.add_argument("--hint", action="append", type=MeasureMode, choices=HINTS, help="repeatable; default: both")
     parser.add_argument("--device", default="CPU", help="as OpenVINO lists it; default: CPU")
-    parser.add_argument("--runs", type=int, help="default: 20 for self, 3 for benchmark_app")
-    parser.add_argument("--seconds", type=float, help="of each measurement; default: 4 and 5")
+    parser.add_argument("--runs", type=int, help="default: 20, 3 for benchmark_app")
+    parser.add_argument("--seconds", type=float, help="of each measurement; default: 4, 5 for benchmark_app")
     parser.add_argument("--output", type=Path, default=Path("trust.jsonl"))
     options = parser.parse_args()
     try:

@@ -140,10 +140,11 @@ def test_the_demo_meets_its_peers() -> None:
 @pytest.mark.slow
 def test_the_same_thing_twice_is_not_called_different() -> None:
     words = ("--model", "digits", "--hint", "latency", "--runs", "3", "--seconds", "1")
-    script = [sys.executable, str(ROOT / "scripts" / "bench_trust.py"), "self", *words]
-    told = subprocess.run(script, capture_output=True, text=True, check=False)  # a busy machine may fail one of 3
-    assert "of 3" in told.stdout, told.stderr
-    assert len(list(lines("trust.jsonl"))) == 3
+    for ways, way in enumerate(("self", "apart"), start=1):
+        script = [sys.executable, str(ROOT / "scripts" / "bench_trust.py"), way, *words]
+        told = subprocess.run(script, capture_output=True, text=True, check=False)  # a busy machine may fail one of 3
+        assert "of 3" in told.stdout, told.stderr
+        assert len(list(lines("trust.jsonl"))) == 3 * ways
     app = [sys.executable, str(ROOT / "scripts" / "bench_trust.py"), "benchmark_app", *words[:4], "--runs", "1"]
     told = subprocess.run([*app, "--seconds", "1"], capture_output=True, text=True, check=False)
     assert "median ms" in told.stdout, told.stderr
