@@ -22,7 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from vinoopt.errors import TargetError
 from vinoopt.fleet import Job, measure_job
 from vinoopt.frontend.parity import random_samples
 from vinoopt.hardware.detect import fingerprint
+from vinoopt.records import Comparison, Measurement
 
 MODELS = ("cifar_resnet20", "squeezenet", "mobilenetv2")
 HINTS = (MeasureMode.LATENCY, MeasureMode.THROUGHPUT)
@@ -66,20 +67,21 @@ def against_itself(options: argparse.Namespace, known: set[str]) -> Iterator[dic
             pair = [Contestant(name=each, model=model, device=options.device) for each in ("one", "other")]
             config = MeasureConfig(mode=mode, seconds=options.seconds, seed=run)
             result = measure(pair, samples, config=config)
-            found = result.compare("one", "other")
-            yield {
-                "key": key("self", name, mode, run, options),
-                "what": "self",
-                "model": name,
-                "hint": mode.value,
-                "speedup": found.speedup,
-                "low": found.low,
-                "high": found.high,
-                "is_significant": found.is_significant,
-                "p50_ms": result.of("one").latency_p50_ms,
-                "rounds": len(result.of("one").rounds_ms),
-                "warnings": list(result.warnings),
-            }
+            row = {"key": key("self", name, mode, run, options), "what": "self", "model": name, "hint": mode.value}
+            yield row | outcome(result.compare("one", "other"), result.of("one"), result.warnings)
+
+
+def outcome(found: Comparison, subject: Measurement, warnings: Sequence[str]) -> dict[str, Any]:
+    """What a run said, and of what."""
+    return {
+        "speedup": found.speedup,
+        "low": found.low,
+        "high": found.high,
+        "is_significant": found.is_significant,
+        "p50_ms": subject.latency_p50_ms,
+        "rounds": len(subject.rounds_ms),
+        "warnings": list(warnings),
+    }
 
 
 def self_table(rows: list[dict[str, Any]]) -> tuple[str, bool]:
@@ -119,19 +121,8 @@ def against_another_run(options: argparse.Namespace, known: set[str]) -> Iterato
                 measured = measure_job(job)
                 records.append(BenchRecord.of(measured.result, host, pace=measured.pace))
             found = compare_runs(*records)
-            yield {
-                "key": key("apart", name, mode, run, options),
-                "what": "apart",
-                "model": name,
-                "hint": mode.value,
-                "speedup": found.comparison.speedup,
-                "low": found.comparison.low,
-                "high": found.comparison.high,
-                "is_significant": found.comparison.is_significant,
-                "p50_ms": records[0].subject.latency_p50_ms,
-                "rounds": len(records[0].subject.rounds_ms),
-                "warnings": list(found.warnings),
-            }
+            row = {"key": key("apart", name, mode, run, options), "what": "apart", "model": name, "hint": mode.value}
+            yield row | outcome(found.comparison, records[0].subject, found.warnings)
 
 
 # --------------------------------------------------------------------------- benchmark_app

@@ -101,10 +101,10 @@ def announcement() -> tuple[str, ...]:
 
 def measure_job(job: Job, *, worker: str = HERE) -> Measured:
     """The job measured on this machine; raises what `bench.measure` raises."""
-    beside = [pace_contestant(each.device, job.config.mode) for each in job.contestants[:1]]
-    extra = [each for each in beside if each is not None]
-    result = measure([*job.contestants, *extra], job.samples, config=job.config)
-    own, pace = result.measurements[: len(job.contestants)], result.measurements[len(job.contestants) :]
+    count = len(job.contestants)
+    beside = pace_contestant(job.contestants[0].device, job.config.mode) if count else None
+    result = measure([*job.contestants, *([beside] if beside else [])], job.samples, config=job.config)
+    own, pace = result.measurements[:count], result.measurements[count:]
     return Measured(
         job=job.name,
         worker=worker,

@@ -147,6 +147,7 @@ class Judge:
     _anchor: Trial | None = None
     """Of an earlier session, which the first timing of this one is to be in unit with."""
     _steady: Trial | None = None
+    """The baseline beside which measured candidates are timed."""
     _unit: float = 1.0
 
     def resume(self) -> int:
