@@ -1,8 +1,10 @@
-"""A time limit that ends work from within, wherever it is."""
+"""A time limit that ends work from within, wherever it is, and signals that arrive safely beside OpenVINO."""
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -31,6 +33,7 @@ def until(deadline: float | None) -> Iterator[None]:
         raise TimeIsUp
 
     before = signal.signal(signal.SIGALRM, ring)
+    _take_off_alternate_stack(signal.SIGALRM)
     try:
         signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-3))
         yield
@@ -44,3 +47,40 @@ def _can_ring() -> bool:
         return False
     own: Any = (signal.SIG_DFL, signal.SIG_IGN)
     return signal.getsignal(signal.SIGALRM) in own and signal.getitimer(signal.ITIMER_REAL)[0] == 0.0
+
+
+def make_interrupts_safe() -> None:
+    """Lets Ctrl-C arrive as `KeyboardInterrupt` after OpenVINO has been used; without it the process may die instead.
+
+    Every CPU plugin gives the thread that loads it an alternate signal stack (for AMX, `SigAltStackSetup`), and puts
+    back on its end what it found. Two plugins that do not end in the opposite order leave the thread with a stack
+    that is no longer mapped (seen with OpenVINO 2026.4.1, as soon as two `ov.Core` were used and the first one ended
+    first), and Python has its handlers run there: the next signal is a segmentation fault. Handlers of Python only
+    set a flag, so they are as well on the thread's own stack. To be repeated after `signal.signal`.
+    """
+    if callable(signal.getsignal(signal.SIGINT)):
+        _take_off_alternate_stack(signal.SIGINT)
+
+
+class _SigAction(ctypes.Structure):
+    """`struct sigaction` of glibc and musl on 64-bit Linux."""
+
+    _fields_ = (
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_ulong * 16),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    )
+
+
+_SA_ONSTACK = 0x08000000  # asm-generic/signal-defs.h
+
+
+def _take_off_alternate_stack(number: int) -> None:
+    if not sys.platform.startswith("linux"):
+        return  # the plugin sets a stack on Linux only
+    libc = ctypes.CDLL(None)
+    action = _SigAction()
+    if libc.sigaction(number, None, ctypes.byref(action)) == 0 and action.flags & _SA_ONSTACK:
+        action.flags &= ~_SA_ONSTACK
+        libc.sigaction(number, ctypes.byref(action), None)

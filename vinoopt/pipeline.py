@@ -20,6 +20,7 @@ from vinoopt import bundle as bundles
 from vinoopt.accuracy.datasets import Dataset, Splits, from_arrays, load_dataset, split
 from vinoopt.accuracy.evaluate import Predictions, check_fit, predict, score
 from vinoopt.accuracy.metrics import SQNR_CEILING_DB, Metric, find_metric
+from vinoopt.alarm import make_interrupts_safe
 from vinoopt.bench.memory import peak_bytes
 from vinoopt.bundle import Bundle
 from vinoopt.compiler import yardstick_for
@@ -159,6 +160,7 @@ def compile(
     Raises the classes of `vinoopt.errors`: `ModelError`, `ShapeError`, `DataError`, `MetricError`, `TargetError`,
     `BundleError` for what was handed in, before any long work.
     """
+    make_interrupts_safe()
     started = time.monotonic()
     forecast = Forecast()
     say = _with_forecast(on_event, forecast)
@@ -257,6 +259,7 @@ def compress(
     `CompileRequest` (`budget`, `prune`, `quantize`, `max_pruning`, `effort`, `time_limit_s`, `shape`, ...).
     Raises what `compile` raises.
     """
+    make_interrupts_safe()
     parts = [options.pop(name, None) for name in ("calibration_data", "test_data", "test_labels")]
     request = _request(
         model=str(model),

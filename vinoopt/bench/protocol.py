@@ -16,6 +16,7 @@ import openvino as ov
 from numpy.typing import NDArray
 from pydantic import Field
 
+from vinoopt.alarm import make_interrupts_safe
 from vinoopt.bench.conditions import Watch, evidence_here, round_warnings
 from vinoopt.bench.contestants import Contestant, MeasureMode, Runner, Sample, open_runner
 from vinoopt.bench.intervals import LEAST_ROUNDS, compare, median_range, percentile_ranges
@@ -140,6 +141,7 @@ def measure(
     Raises `InputError` and its kin for contestants or samples that cannot be used, `DeviceError` where
     OpenVINO cannot compile or run one.
     """
+    make_interrupts_safe()
     config = config or MeasureConfig()
     _check(contestants, samples)
     starts = [_started(each, samples, config) for each in contestants]

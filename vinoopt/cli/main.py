@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from vinoopt import __version__
+from vinoopt.alarm import make_interrupts_safe
 from vinoopt.errors import VinooptError
 from vinoopt.serde import nearest
 
@@ -64,6 +65,7 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> Any:
     """Run the command line; errors of this package end with their exit code and one message."""
+    make_interrupts_safe()
     try:
         return cli.main(args=args, prog_name="vinoopt", standalone_mode=False) or 0
     except VinooptError as exc:

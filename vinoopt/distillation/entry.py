@@ -12,6 +12,7 @@ import openvino as ov
 from pydantic import ValidationError
 
 from vinoopt.accuracy.datasets import Dataset, from_arrays, load_dataset
+from vinoopt.alarm import make_interrupts_safe
 from vinoopt.distillation.needs import PRUNED_RATE, ROUNDED_RATE, require_torch
 from vinoopt.errors import InputError
 from vinoopt.frontend.normalize import load_model
@@ -74,6 +75,7 @@ def distill(
     and for outputs without a gradient, and what reading model and data raises.
     """
     require_torch()
+    make_interrupts_safe()
     from vinoopt.distillation.distiller import Run, train
     from vinoopt.distillation.school import open_school
 

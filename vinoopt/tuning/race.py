@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vinoopt import bench
+from vinoopt.alarm import make_interrupts_safe
 from vinoopt.bench import BenchResult
 from vinoopt.errors import DeviceError, InputError
 from vinoopt.records import Measurement
@@ -67,6 +68,7 @@ def tune(
     the heats, and the final and the duel follow in a few seconds; a second one passes through. Raises `DeviceError`
     where the default itself does not run, `InputError` for an unusable request.
     """
+    make_interrupts_safe()
     config = config or TuneConfig()
     if config.latency_limit_ms is not None and config.goal is Goal.LATENCY:
         raise InputError("a latency limit belongs to the goal throughput; for least latency leave it out")
