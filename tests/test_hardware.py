@@ -504,4 +504,15 @@ def test_check_command_ends_with_2_for_errors(write):
     assert (good.exit_code, good.output) == (0, "board.toml: complete\n")
     bad = CliRunner().invoke(profiles, ["check", "--json", str(write(MINIMAL.replace("AVX2", "AVX9")))])
     assert bad.exit_code == 2
-    assert json.loads(bad.output)[0]["code"] == "PROFILE_ISA"
+    (finding,) = json.loads(bad.output)
+    assert finding["code"] == "PROFILE_ISA"
+    assert finding["file"].endswith("board.toml")
+
+
+def test_check_takes_many_files_and_says_which_one_is_bad(write, tmp_path):
+    good = tmp_path / "good.toml"
+    good.write_text(MINIMAL)
+    told = CliRunner().invoke(profiles, ["check", str(good), str(write(MINIMAL.replace("AVX2", "AVX9")))])
+    assert told.exit_code == 2
+    assert "good.toml: complete" in told.output
+    assert "board.toml: to be looked at" in told.output

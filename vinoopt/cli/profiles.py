@@ -53,20 +53,27 @@ def show_command(name: str, as_json: bool) -> None:
 
 
 @profiles.command("check")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @_json_option
-def check_command(path: Path, as_json: bool) -> None:
-    """Check the profile file at PATH; exit code 2 where it cannot be used."""
+def check_command(paths: tuple[Path, ...], as_json: bool) -> None:
+    """Check the profile files at PATH...; exit code 2 where one cannot be used."""
     from vinoopt.hardware.profile import check_profile
 
-    findings = check_profile(path)
+    findings = {path: check_profile(path) for path in paths}
     if as_json:
-        _echo([finding.model_dump(mode="json", exclude_none=True) for finding in findings])
-    elif findings:
-        _table(("", "code", "finding"), [(f.severity, f.code, f.message) for f in findings])
+        _echo(
+            [
+                {"file": str(path), **finding.model_dump(mode="json", exclude_none=True)}
+                for path, found in findings.items()
+                for finding in found
+            ]
+        )
     else:
-        click.echo(f"{path.name}: complete")
-    if any(finding.severity == "error" for finding in findings):
+        for path, found in findings.items():
+            click.echo(f"{path.name}: {'to be looked at' if found else 'complete'}")
+            if found:
+                _table(("", "code", "finding"), [(f.severity, f.code, f.message) for f in found])
+    if any(finding.severity == "error" for found in findings.values() for finding in found):
         raise SystemExit(2)
 
 
