@@ -39,7 +39,7 @@ from vinoopt.compression.contractions import (
     weight_matrix,
 )
 from vinoopt.compression.im2col import RowReader
-from vinoopt.compression.regression import PairedSums, solve, solve_rows, threads_for
+from vinoopt.compression.regression import EXACT_COLUMNS, PairedSums, solve, solve_rows, threads_for
 from vinoopt.compression.saliency import Moments, Statistics
 from vinoopt.compression.surgery import LayerCut, PrunedModel
 
@@ -48,6 +48,8 @@ Indices: TypeAlias = NDArray[np.intp]
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the layers done and all layers."""
 
+_ROWS_BYTES = 64 << 20
+"""Of rows that wait for their product."""
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 """Tried where the ridge is chosen on held-back samples; see `RefitSettings.ridge` for the unit."""
 _HELD_BACK = 8
@@ -272,12 +274,37 @@ def best_fit(fitted: PairedSums, held: PairedSums, ridge: float | None) -> tuple
     if not fitted.rows or not held.rows:
         return None
     best, least = None, held.ee / held.rows
-    for candidate in (np.inf, *(RIDGES if ridge is None else (ridge,))):
-        change = fitted.solve(candidate)
-        error = held.error(*change)
-        if error < least:
-            best, least = change, error
+    ridges = (np.inf, *(RIDGES if ridge is None else (ridge,)))
+    tried: dict[int, float] = {}
+    for place in _by_promise(len(ridges), tried, is_costly=fitted.x.shape[1] > EXACT_COLUMNS):
+        change = fitted.solve(ridges[place])
+        tried[place] = held.error(*change)
+        if tried[place] < least:
+            best, least = change, tried[place]
     return best
+
+
+def _by_promise(count: int, tried: Mapping[int, float], *, is_costly: bool) -> Iterator[int]:
+    """Which ridges to try, by what those tried so far brought; all in order where solving costs little.
+
+    The error on held-back rows has one valley over the ridge, or nearly: from the middle down to where it rises
+    again on either side. The bias alone, which comes first, costs nothing.
+    """
+    if not is_costly or count < 4:
+        yield from range(count)
+        return
+    yield 0
+    middle = count // 2
+    yield middle
+    for step in (-1, 1):
+        place = middle + step
+        while 0 < place < count and place not in tried:
+            yield place
+            if tried[place] >= tried[place - step]:
+                break
+            place += step
+        if tried.get(middle + step, np.inf) < tried[middle]:
+            return  # the valley lies on this side
 
 
 def correct_bias(
@@ -309,6 +336,29 @@ def correct_bias(
                 bias = bias_vector(contraction)
                 replace_bias(contraction, shift + (0.0 if bias is None else bias))
     return result
+
+
+class _Rows:
+    """Gathers rows for sums: a product over many rows at once costs less than one for every call."""
+
+    def __init__(self, sums: PairedSums) -> None:
+        self._sums = sums
+        self._waiting: list[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]] = []
+        self._bytes = 0
+
+    def add(self, x: NDArray[np.floating[Any]], e: NDArray[np.floating[Any]]) -> None:
+        """Rows as `PairedSums.add` takes them."""
+        self._waiting.append((x, e))
+        self._bytes += x.nbytes
+        if self._bytes >= _ROWS_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what is waiting."""
+        if self._waiting:
+            x, e = (np.concatenate(parts, axis=1) for parts in zip(*self._waiting, strict=True))
+            self._sums.add(x, e)
+            self._waiting, self._bytes = [], 0
 
 
 class _Walk:
@@ -383,6 +433,7 @@ class _Walk:
             return reader.output_rows(value, reader.positions(value.shape, count, same))
 
         both = [PairedSums.empty(*weights.shape) for _ in range(2)]
+        batches = [_Rows(sums) for sums in both]
         start = 0
         kind = ("rows", layer.name, count, self._settings.seed)
         for aim, tensors in zip(self._aimed(target, kind, take), self._small.read(wanted), strict=True):
@@ -397,9 +448,11 @@ class _Walk:
             error = error.reshape(len(error), layer.groups, layer.outputs).transpose(1, 0, 2)
             error = error - x @ weights.astype(x.dtype)
             is_held = np.repeat(held_back(len(positions), start), positions.shape[1])
-            for sums, chosen in zip(both, (~is_held, is_held), strict=True):
-                sums.add(x[:, chosen], error[:, chosen])
+            for batch, chosen in zip(batches, (~is_held, is_held), strict=True):
+                batch.add(x[:, chosen], error[:, chosen])
             start += len(positions)
+        for batch in batches:
+            batch.flush()
         return both[0], both[1]
 
     def mean_error(self, layer: Contraction, kept_rows: Indices | None) -> Matrix | None:
