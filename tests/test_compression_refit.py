@@ -21,14 +21,17 @@ from vinoopt.compression.contractions import (
 )
 from vinoopt.compression.groups import find_groups
 from vinoopt.compression.refit import (
+    RIDGES,
     Aims,
     RefitSettings,
+    best_fit,
     closed_form,
     correct_bias,
     mean_outputs,
     refit_local,
     refit_sequential,
 )
+from vinoopt.compression.regression import EXACT_COLUMNS, PairedSums
 from vinoopt.compression.saliency import Moments, collect_statistics, order_units
 from vinoopt.compression.surgery import apply_pruning
 from vinoopt.errors import CompressionError, PlanError
@@ -485,3 +488,24 @@ def test_resnet20_is_mostly_restored(shared):
     ]
     assert agreement[1] > agreement[0] + 0.2
     assert agreement[2] > agreement[1]
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, 30.0])
+def test_a_wide_layer_gets_the_ridge_that_trying_all_would_give(noise: float) -> None:
+    rng = np.random.default_rng(0)
+    columns = EXACT_COLUMNS + 8
+    weights = rng.standard_normal((columns, 2)) / np.sqrt(columns)
+    sums = []
+    for rows in (1400, 300):
+        x = rng.standard_normal((1, rows, columns)).astype(np.float32)
+        error = x @ weights.astype(np.float32) + noise * rng.standard_normal((1, rows, 2)).astype(np.float32)
+        sums.append(PairedSums.empty(1, columns, 2))
+        sums[-1].add(x, error)
+    fitted, held = sums
+    tried = {ridge: held.error(*fitted.solve(ridge)) for ridge in (np.inf, *RIDGES)}
+    best = min(tried, key=lambda ridge: tried[ridge])
+    found = best_fit(fitted, held, None)
+    if found is None:
+        assert tried[best] >= held.ee / held.rows
+    else:
+        assert held.error(*found) == pytest.approx(tried[best], rel=1e-6)
