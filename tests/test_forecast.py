@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ FACTS = Facts(
     test=200,
     calibration=300,
     layers=50,
+    algebra_s=1.0,
     formats=2,
     effort="balanced",
     quantize=True,
@@ -173,3 +175,8 @@ def test_an_event_carries_what_is_left() -> None:
 )
 def test_it_is_told_no_finer_than_it_is_known(seconds: float, words: str) -> None:
     assert about(seconds) == words
+
+
+def test_wide_layers_are_expected_to_take_longer_to_refit() -> None:
+    narrow, wide = (expected_seconds(replace(FACTS, algebra_s=seconds))["widths"] for seconds in (1.0, 100.0))
+    assert wide > narrow + 5 * 99

@@ -27,6 +27,7 @@ from vinoopt.compiler import yardstick_for
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.judge import Judge, Shared
 from vinoopt.compression.options import DISTILL, EFFORTS, without_training
+from vinoopt.compression.refit import algebra_seconds
 from vinoopt.compression.scope import resolve_ignored
 from vinoopt.compression.search import SearchOptions, search
 from vinoopt.distillation.needs import require_torch
@@ -387,6 +388,7 @@ def _facts(
         test=sizes[1],
         calibration=min(len(splits.calibration), request.subset_size),
         layers=sum(node.get_type_name() in _CONTRACTIONS for node in source.model.get_ops()),
+        algebra_s=algebra_seconds(source.model, samples=len(splits.calibration)) if request.prune else 0.0,
         formats=len(yardstick.float_precisions),
         effort=without_training(request.effort),
         quantize=request.quantize and not source.quantized,

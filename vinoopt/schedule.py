@@ -25,6 +25,9 @@ _TUNING_SHARE = 0.15
 """Of a time limit, what tuning may have."""
 _CALIBRATING = 6.0
 """Inferences that calibrating on one sample costs: collecting ranges, and correcting biases layer by layer."""
+_FITTED_BEFORE = 5
+"""Times that what a refit computes is computed before the first narrower candidate: moments of all layers, maps that
+could stand for branches, orders of units, cuts that are refitted to learn what of their damage lasts."""
 _TRIALS = {"fast": 4, "balanced": 7, "thorough": 12}
 """Candidates that a stage of the search judges, usually."""
 
@@ -44,6 +47,8 @@ class Facts:
     """Samples that the quantizer sees."""
     layers: int
     """Convolutions and matrix products."""
+    algebra_s: float
+    """Sums and solutions of the linear systems of one refit of every layer."""
     formats: int
     """Float formats of the target."""
     effort: str
@@ -75,7 +80,9 @@ def expected_seconds(facts: Facts) -> dict[str, float]:
         stages["precisions"] = 8 * timing + (0.0 if facts.effort == "fast" else probes) + 3 * trial
     if facts.prune:
         tables = 3 * timing + calibrating + facts.layers * probing
-        stages["widths"] = 2 * calibrating + tables + _TRIALS[facts.effort] * (trial + 2 * calibrating)
+        trials = _TRIALS[facts.effort]
+        stages["widths"] = 2 * calibrating + tables + trials * (trial + 2 * calibrating)
+        stages["widths"] += (trials + _FITTED_BEFORE) * facts.algebra_s
     stages["choose"] = _choosing_s(facts)
     return stages
 

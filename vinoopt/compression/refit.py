@@ -9,7 +9,9 @@ lost nothing take part: in networks of few channels they win back most of what t
 
 from __future__ import annotations
 
+import math
 import time
+import timeit
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -267,6 +269,41 @@ def _refittable(
 
 def _is_shared(layer: Contraction) -> bool:
     return len(layer.node.input_value(layer.weight_port).get_target_inputs()) > 1
+
+
+def algebra_seconds(model: ov.Model, *, samples: int, settings: RefitSettings = RefitSettings()) -> float:
+    """About how long the sums and solutions of a sequential refit of every layer take here, without the inferences.
+
+    Operations are counted; how fast this machine does them, one small product tells.
+    """
+    operations = 0.0
+    for each in index_contractions(model).values():
+        if each.is_depthwise:
+            continue
+        columns, outputs = float(each.columns), float(each.outputs)
+        is_costly = columns > EXACT_COLUMNS
+        rows = samples * min(settings.rows_per_sample, _positions_of(each))
+        summed = rows * columns * (columns + 2 * outputs) * (0.5 if is_costly else 1.0)  # in float32 twice as fast
+        solved = (len(RIDGES) / 2 if is_costly else len(RIDGES)) * columns**2 * (columns / 3 + 4 * outputs)
+        operations += each.groups * (summed + solved)
+    return operations / _operations_per_second()
+
+
+def _positions_of(layer: Contraction) -> float:
+    """Output positions of one sample; infinite where the model does not fix them."""
+    shape = layer.node.output(0).get_partial_shape()
+    if shape.rank.is_dynamic:
+        return math.inf
+    lengths = list(shape)
+    del lengths[layer.channel_axis]
+    return math.prod(length.get_length() if length.is_static else math.inf for length in lengths[1:])
+
+
+def _operations_per_second() -> float:
+    """Of a product in float64, as systems of many columns are computed."""
+    factor = np.ones((512, 512))
+    factor @ factor
+    return 2.0 * 512**3 / min(timeit.repeat(lambda: factor @ factor, number=1, repeat=5))
 
 
 def best_fit(fitted: PairedSums, held: PairedSums, ridge: float | None) -> tuple[Matrix, Matrix] | None:
