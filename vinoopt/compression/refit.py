@@ -303,7 +303,7 @@ def _operations_per_second() -> float:
     """Of a product in float64, as systems of many columns are computed."""
     factor = np.ones((512, 512))
     factor @ factor
-    return 2.0 * 512**3 / min(timeit.repeat(lambda: factor @ factor, number=1, repeat=5))
+    return 2.0 * 512**3 / min(timeit.repeat(lambda: factor @ factor, number=1, repeat=20))
 
 
 def best_fit(fitted: PairedSums, held: PairedSums, ridge: float | None) -> tuple[Matrix, Matrix] | None:
