@@ -23,7 +23,7 @@ from vinoopt.accuracy.metrics import Metric, find_metric
 from vinoopt.demo import demo_files
 from vinoopt.frontend.normalize import SourceModel
 from vinoopt.frontend.preprocess import read_preprocess
-from vinoopt.records import Comparison, PreprocessSpec
+from vinoopt.records import AccuracyBudget, Comparison, PreprocessSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("VINOOPT_SHARED", ROOT.parent / "shared"))
@@ -197,6 +197,29 @@ def _magika(source: SourceModel) -> Parts:
 
 
 # --------------------------------------------------------------------------- what they do alike
+
+
+def data_of(case: Case, batch: int) -> dict[str, Any]:
+    """The parts that the case has, as arguments of `compiled`; samples that fill no call are left out."""
+    parts = {part: values for part, values in vars(case.load(case.source(1))).items() if values is not None}
+    return {part: values[: len(values) // batch * batch] for part, values in parts.items()}
+
+
+def compiled(case: Case, data: Mapping[str, Any], batch: int, *, max_drop: float, **options: Any) -> vinoopt.Bundle:
+    """The case's bundle; `options` are arguments of `vinoopt.compile`."""
+    return vinoopt.compile(
+        case.model,
+        data=data["search"],
+        labels=data["search_labels"],
+        calibration_data=data.get("calibration"),
+        test_data=data["test"],
+        test_labels=data["test_labels"],
+        budget=AccuracyBudget(metric=case.metric, max_drop=max_drop),
+        metric_options=case.metric_options,
+        preprocess=case.preprocess,
+        shape=case.shape_at(batch),
+        **options,
+    )
 
 
 def whole_calls(data: Any, labels: Any, source: SourceModel, batch: int) -> Dataset:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from _cases import SHARED, Case, cases, judged, ratio, whole_calls
+from _cases import SHARED, Case, cases, compiled, data_of, judged, ratio, whole_calls
 from bench_pruning import outcome, side_by_side
 
 import vinoopt
@@ -31,7 +31,7 @@ from vinoopt.bench import Contestant, MeasureConfig, measure
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import prepare
 from vinoopt.frontend.normalize import SourceModel
-from vinoopt.records import AccuracyBudget, Device, Event, QuantizationPlan
+from vinoopt.records import Device, Event, QuantizationPlan
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -127,24 +127,16 @@ def _trained(
 def search(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """The whole search with distillation, and its result beside float and plain `nncf.quantize`."""
     case = cases()[name]
-    source = case.source(batch)
-    parts = case.load(case.source(1))
-    data = {part: values for part, values in vars(parts).items() if values is not None}
+    source, data = case.source(batch), data_of(case, batch)
     if case.model.name.startswith("cifar"):
-        data["calibration"] = _unlabelled()
-    data = {part: values[: len(values) // batch * batch] for part, values in data.items()}
+        images = _unlabelled()
+        data["calibration"] = images[: len(images) // batch * batch]
     with tempfile.TemporaryDirectory() as folder:
-        bundle = vinoopt.compile(
-            case.model,
-            data=data["search"],
-            labels=data["search_labels"],
-            calibration_data=data.get("calibration"),
-            test_data=data["test"],
-            test_labels=data["test_labels"],
-            metric_options=case.metric_options,
-            budget=AccuracyBudget(metric=case.metric, max_drop=options.max_drop),
-            preprocess=case.preprocess,
-            shape=case.shape_at(batch),
+        bundle = compiled(
+            case,
+            data,
+            batch,
+            max_drop=options.max_drop,
             output=Path(folder) / "out",
             effort=options.effort,
             time_limit_s=60.0 * options.minutes,

@@ -55,27 +55,15 @@ class Run:
 
 def perform(run: Run, *, seconds: float, keep: Path) -> dict[str, Any]:
     """The case compiled, judged and measured."""
-    from _cases import cases
-
-    import vinoopt
-    from vinoopt.records import AccuracyBudget
+    from _cases import cases, compiled, data_of
 
     case = cases()[run.case]
-    source = case.source(run.batch)
-    parts = case.load(case.source(1))
-    count = {part: len(data) // run.batch * run.batch for part, data in vars(parts).items() if data is not None}
-    data = {part: getattr(parts, part)[:size] for part, size in count.items()}
-    bundle = vinoopt.compile(
-        case.model,
-        data=data["search"],
-        labels=data["search_labels"],
-        calibration_data=data.get("calibration"),
-        test_data=data["test"],
-        test_labels=data["test_labels"],
-        budget=AccuracyBudget(metric=case.metric, max_drop=run.max_drop),
-        metric_options=case.metric_options,
-        preprocess=case.preprocess,
-        shape=case.shape_at(run.batch),
+    source, data = case.source(run.batch), data_of(case, run.batch)
+    bundle = compiled(
+        case,
+        data,
+        run.batch,
+        max_drop=run.max_drop,
         effort=run.effort,
         tune=run.tune,
         output=keep / f"{run.case}-{run.max_drop:g}-{run.batch}",

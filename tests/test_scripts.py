@@ -164,6 +164,23 @@ def test_tuning_meets_the_hints() -> None:
 
 
 @pytest.mark.slow
+def test_the_search_is_asked_for_other_budgets_and_for_less_time() -> None:
+    words = ("--case", "digits", "--effort", "fast")
+    told = run("bench_search", "budgets", *words, "--max-drop", "0.05", "--max-drop", "0.01", "--seconds", "1")
+    rows = list(lines("search.jsonl"))
+    assert [row["what"] for row in rows] == ["float", "nncf.quantize", "5.00%", "1.00%"]
+    assert all(row["accuracy"] > 0.9 for row in rows)
+    assert "times faster" in told.stdout
+    run("bench_search", "stop", *words, "--output", "stop.jsonl")
+    whole, part = lines("stop.jsonl")
+    assert part["limit_s"] == pytest.approx(0.3 * whole["seconds"], rel=0.01)
+    assert part["budget_met"]
+    run("bench_search", "cap", *words, "--target", "skylake:CPU", "--output", "cap.jsonl")
+    (row,) = lines("cap.jsonl")
+    assert row["over"]
+
+
+@pytest.mark.slow
 def test_a_model_that_is_too_wide_is_pruned() -> None:
     told = run("bench_pruning", "--case", "digits_wide", "--effort", "fast", "--seconds", "2")
     (row,) = lines("pruning.jsonl")

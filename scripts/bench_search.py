@@ -1,0 +1,175 @@
+"""What the search does with other budgets, with less time, and for CPUs on which INT8 gains little.
+
+    python scripts/bench_search.py budgets --case cifar_resnet20 --max-drop 0.02 --max-drop 0.01 --max-drop 0.001
+    python scripts/bench_search.py stop --case cifar_resnet20 --share 0.3
+    python scripts/bench_search.py cap --case cifar_resnet20 --target skylake:CPU
+
+`budgets` compiles once for every budget, with shared tables, and measures float, plain `nncf.quantize` and all
+results side by side. `stop` compiles without a time limit, then, from an empty cache, with a share of the time that
+this took. `cap` compiles for a CPU that is not here, under its instruction set: times are this machine's, and only
+ratios count. Accuracy is judged on samples that no search saw. One JSON line per result goes to the output, a table
+to the terminal. Development models are looked for in VINOOPT_SHARED, else in ../shared beside the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from _cases import Case, aligned, cases, compiled, data_of, judged, ratio, ratio_cell, say, whole_calls
+
+import vinoopt
+from vinoopt.bench import Contestant, MeasureConfig, measure
+from vinoopt.compression.quantize import quantize
+from vinoopt.records import Device, QuantizationPlan
+
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+FLOAT, PLAIN = "float", "nncf.quantize"
+MEASURED_SAMPLES = 32
+
+
+def run(
+    case: Case, data: dict[str, Any], folder: Path, options: argparse.Namespace, **given: Any
+) -> vinoopt.Bundle:
+    """One compilation for one target."""
+    return compiled(
+        case,
+        data,
+        1,
+        **{"max_drop": options.max_drop[0], "targets": (options.target,), "tune": False, **given},
+        effort=options.effort,
+        output=folder,
+        force=True,
+        on_event=lambda event: say(f"{event.stage:8}{event.message}"),
+    )
+
+
+def told(bundle: vinoopt.Bundle) -> dict[str, Any]:
+    """What came out."""
+    (result,) = bundle.manifest.targets
+    return {
+        "plan": result.plan.title,
+        "float_blocks": len(result.float_blocks),
+        "groups": len(result.plan.widths),
+        "budget_met": result.budget_met,
+        "drop": None if result.drop is None else [result.drop.value, result.drop.low, result.drop.high],
+        "trials": bundle.manifest.trials,
+        "seconds": round(bundle.manifest.seconds, 1),
+        "over": {comparison.reference: ratio(comparison) for comparison in result.comparisons},
+        "reasons": list(result.reasons),
+        "host": bundle.manifest.host.cpu,
+        "versions": bundle.manifest.host.versions,
+    }
+
+
+def budgets(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Float, plain INT8 and the result of every budget, side by side."""
+    case = cases()[name]
+    source, data = case.source(1), data_of(case, 1)
+    bundles = {
+        f"{drop:.2%}": run(case, data, folder / f"{drop:g}", options, max_drop=drop) for drop in options.max_drop
+    }
+    calibration = whole_calls(data.get("calibration", data["search"]), None, source, 1)
+    plain = quantize(source.model, QuantizationPlan(), calibration, device=Device.CPU)
+    contestants = [
+        Contestant(name=FLOAT, model=source.model, properties=F32),
+        Contestant(name=PLAIN, model=plain),
+        *(
+            Contestant(
+                name=title,
+                model=bundle.path / bundle.manifest.targets[0].target.slug / "model.xml",
+                properties=bundle.manifest.targets[0].properties.as_dict(),
+            )
+            for title, bundle in bundles.items()
+        ),
+    ]
+    test, metric = whole_calls(data["test"], data["test_labels"], source, 1), case.metric_for(source)
+    samples = [test[i] for i in range(min(MEASURED_SAMPLES, len(test)))]
+    measured = measure(contestants, samples, config=MeasureConfig(seconds=options.seconds * len(contestants)))
+    for each in contestants:
+        row = {
+            "case": name,
+            "what": each.name,
+            "accuracy": judged(each.model, each.properties, test, metric).value,
+            "over_int8": None if each.name == PLAIN else ratio(measured.compare(PLAIN, each.name)),
+        }
+        yield {**row, **(told(bundles[each.name]) if each.name in bundles else {})}
+
+
+def stop(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """A run to its end, and one that has only a share of that time."""
+    case = cases()[name]
+    data = data_of(case, 1)
+    limit_s: float | None = None
+    for title, share in (("to the end", None), (f"{options.share:.0%} of the time", options.share)):
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["VINOOPT_CACHE_DIR"] = cache
+            bundle = run(case, data, folder / "stop", options, time_limit_s=limit_s)
+        if share is None:
+            limit_s = options.share * bundle.manifest.seconds
+        yield {"case": name, "what": title, "limit_s": limit_s if share else None, **told(bundle)}
+
+
+def cap(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The result for a CPU that is not here."""
+    case = cases()[name]
+    yield {"case": name, "what": options.target, **told(run(case, data_of(case, 1), folder / "cap", options))}
+
+
+WAYS = {"budgets": budgets, "stop": stop, "cap": cap}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line per result."""
+    lines = [("case", "what", "plan", "accuracy", "drop [95%]", "inside", "times faster", "trials", "s")]
+    for row in rows:
+        drop = row.get("drop")
+        faster = ratio_cell(row["over_int8"]) if "over_int8" in row else ""
+        faster = faster or ", ".join(f"{base}: {ratio_cell(cell)}" for base, cell in row["over"].items())
+        lines.append(
+            (
+                row["case"],
+                row["what"],
+                row.get("plan", "-"),
+                f"{row['accuracy']:.4f}" if "accuracy" in row else "-",
+                f"{drop[0]:+.4f} [{drop[1]:+.4f} {drop[2]:+.4f}]" if drop else "-",
+                {True: "yes", False: "NO"}.get(row.get("budget_met"), "-"),
+                faster,
+                str(row.get("trials", "-")),
+                str(row.get("seconds", "-")),
+            )
+        )
+    return aligned(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("way", choices=tuple(WAYS))
+    parser.add_argument("--case", action="append", choices=sorted(cases()), help="repeatable; default: digits")
+    parser.add_argument("--max-drop", action="append", type=float, help="repeatable for `budgets`; default: 0.01")
+    parser.add_argument("--share", type=float, default=0.3, help="of the time, for `stop`")
+    parser.add_argument("--target", default="host:CPU", help="PROFILE:DEVICE, for `cap`")
+    parser.add_argument("--effort", default="balanced", choices=("fast", "balanced", "thorough"))
+    parser.add_argument("--seconds", type=float, default=4.0, help="of measurement per contestant of `budgets`")
+    parser.add_argument("--output", type=Path, default=Path("search.jsonl"))
+    options = parser.parse_args()
+    options.max_drop = options.max_drop or [0.01]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, options.output.open("a", encoding="utf-8") as stream:
+        os.environ["VINOOPT_CACHE_DIR"] = str(Path(folder) / "cache")
+        for name in options.case or ["digits"]:
+            for row in WAYS[options.way](name, options, Path(folder)):
+                stream.write(json.dumps(row) + "\n")
+                stream.flush()
+                rows.append(row)
+    print(table(rows))
+    return int(any(row.get("budget_met") is False for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
