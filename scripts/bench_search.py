@@ -41,7 +41,10 @@ def run(
         case,
         data,
         1,
-        **{"max_drop": options.max_drop[0], "targets": (options.target,), "tune": False, **given},
+        max_drop=given.pop("max_drop", options.max_drop[0]),
+        targets=(options.target,),
+        tune=False,
+        **given,
         effort=options.effort,
         output=folder,
         force=True,
@@ -72,7 +75,7 @@ def budgets(name: str, options: argparse.Namespace, folder: Path) -> Iterator[di
     case = cases()[name]
     source, data = case.source(1), data_of(case, 1)
     bundles = {
-        f"{drop:.2%}": run(case, data, folder / f"{drop:g}", options, max_drop=drop) for drop in options.max_drop
+        f"{100 * drop:g}%": run(case, data, folder / f"{drop:g}", options, max_drop=drop) for drop in options.max_drop
     }
     calibration = whole_calls(data.get("calibration", data["search"]), None, source, 1)
     plain = quantize(source.model, QuantizationPlan(), calibration, device=Device.CPU)
@@ -159,6 +162,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("search.jsonl"))
     options = parser.parse_args()
     options.max_drop = options.max_drop or [0.01]
+    if len(options.max_drop) > 1 and options.way != "budgets":
+        parser.error(f"one --max-drop is what `{options.way}` can use; `budgets` takes several")
+    if options.target != "host:CPU" and options.way != "cap":
+        parser.error(f"--target is for `cap`; `{options.way}` measures on this machine's CPU")
     rows = []
     with tempfile.TemporaryDirectory() as folder, options.output.open("a", encoding="utf-8") as stream:
         os.environ["VINOOPT_CACHE_DIR"] = str(Path(folder) / "cache")

@@ -491,7 +491,7 @@ def test_resnet20_is_mostly_restored(shared):
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0, 30.0])
-def test_a_wide_layer_gets_the_ridge_that_trying_all_would_give(noise: float) -> None:
+def test_a_wide_layer_gets_the_ridge_of_the_valley(noise: float) -> None:
     rng = np.random.default_rng(0)
     columns = EXACT_COLUMNS + 8
     weights = rng.standard_normal((columns, 2)) / np.sqrt(columns)
@@ -509,3 +509,29 @@ def test_a_wide_layer_gets_the_ridge_that_trying_all_would_give(noise: float) ->
         assert tried[best] >= held.ee / held.rows
     else:
         assert held.error(*found) == pytest.approx(tried[best], rel=1e-6)
+
+
+class CountedSums(PairedSums):
+    """Sums whose errors per ridge are given, and which count how often they are solved."""
+
+    __slots__ = ("errors", "tried")
+
+    def solve(self, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+        self.tried.append(ridge)
+        return np.full(1, self.errors[ridge]), np.zeros(1)
+
+    def error(self, change: np.ndarray, shift: np.ndarray) -> float:
+        return float(change[0])
+
+
+@pytest.mark.parametrize("place", range(1 + len(RIDGES)))
+def test_wherever_the_valley_lies_it_is_found_with_fewer_solutions(place: int) -> None:
+    ridges = (np.inf, *RIDGES)
+    sums = CountedSums.empty(1, EXACT_COLUMNS + 1, 1)
+    sums.rows, sums.ee = 1, 100.0
+    sums.errors = {ridge: float(abs(number - place)) for number, ridge in enumerate(ridges)}
+    sums.tried = []
+    found = best_fit(sums, sums, None)
+    assert found is not None
+    assert found[0][0] == 0.0
+    assert len(sums.tried) == len(set(sums.tried)) < len(ridges)

@@ -9,10 +9,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import openvino as ov
 import pytest
+from openvino import opset13 as opset
 
 from vinoopt.alarm import TimeIsUp, until
 from vinoopt.cli.show import about
+from vinoopt.compression.workload import refit_workload
 from vinoopt.forecast import Forecast
 from vinoopt.records import Event
 from vinoopt.schedule import LEAST_SEARCH, Facts, announce, divide, expected_seconds, final_seconds
@@ -179,4 +183,23 @@ def test_it_is_told_no_finer_than_it_is_known(seconds: float, words: str) -> Non
 
 def test_wide_layers_are_expected_to_take_longer_to_refit() -> None:
     narrow, wide = (expected_seconds(replace(FACTS, algebra_s=seconds))["widths"] for seconds in (1.0, 100.0))
-    assert wide > narrow + 5 * 99
+    assert wide == pytest.approx(narrow + (7 + 5) * 99)
+
+
+def layer(rank: int, columns: int, outputs: int, *, is_first: bool = False) -> ov.Model:
+    shape = [1, 6, columns] if rank == 3 else [columns]
+    x = opset.parameter(shape, np.float32)
+    weights = np.zeros((outputs, columns) if is_first else (columns, outputs), np.float32)
+    product = opset.matmul(weights, x, False, False) if is_first else opset.matmul(x, weights, False, False)
+    return ov.Model([product], [x])
+
+
+def test_a_refit_is_counted_from_the_shapes_of_layers() -> None:
+    small, large = (refit_workload(layer(3, 64, 8), samples=samples) for samples in (10, 20))
+    rows = 10 * 6  # fewer positions than are sampled
+    assert large.narrow - small.narrow == pytest.approx(rows * 64 * (64 + 2 * 8))
+    assert small.wide == 0
+    assert refit_workload(layer(3, 2048, 8), samples=10).wide > 1e9
+    assert refit_workload(layer(3, 20000, 8), samples=10).wide == 0  # no refit takes it
+    assert refit_workload(layer(1, 64, 8, is_first=True), samples=10).narrow > 0
+    assert small.seconds() > 0

@@ -500,8 +500,9 @@ def test_show_prints_sources():
 
 
 def test_check_command_ends_with_2_for_errors(write):
-    good = CliRunner().invoke(profiles, ["check", str(write(MINIMAL))])
-    assert (good.exit_code, good.output) == (0, "board.toml: complete\n")
+    path = str(write(MINIMAL))
+    good = CliRunner().invoke(profiles, ["check", path])
+    assert (good.exit_code, good.output) == (0, f"{path}: complete\n")
     bad = CliRunner().invoke(profiles, ["check", "--json", str(write(MINIMAL.replace("AVX2", "AVX9")))])
     assert bad.exit_code == 2
     (finding,) = json.loads(bad.output)

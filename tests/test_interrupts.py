@@ -169,6 +169,8 @@ def test_ctrl_c_survives_plugins_that_end_in_the_wrong_order(model: Path, tmp_pa
 
 @on_linux
 def test_without_that_the_process_dies() -> None:
-    # Should this fail, OpenVINO has mended it, and `make_interrupts_safe` can go.
     program = "lose_the_stack()\nsignal.signal(signal.SIGALRM, print)\nsignal.alarm(1)\ntime.sleep(2)"
-    assert run_python(STACK_GONE + program).returncode == -signal.SIGSEGV
+    code = run_python(STACK_GONE + program).returncode
+    if code == 0:
+        pytest.skip("this OpenVINO leaves no lost stack behind: `make_interrupts_safe` can go")
+    assert code == -signal.SIGSEGV

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import signal
 import sys
 import threading
@@ -33,8 +34,8 @@ def until(deadline: float | None) -> Iterator[None]:
         raise TimeIsUp
 
     before = signal.signal(signal.SIGALRM, ring)
-    _take_off_alternate_stack(signal.SIGALRM)
     try:
+        _take_off_alternate_stack(signal.SIGALRM)
         signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-3))
         yield
     finally:
@@ -52,18 +53,20 @@ def _can_ring() -> bool:
 def make_interrupts_safe() -> None:
     """Lets Ctrl-C arrive as `KeyboardInterrupt` after OpenVINO has been used; without it the process may die instead.
 
-    Every CPU plugin gives the thread that loads it an alternate signal stack (for AMX, `SigAltStackSetup`), and puts
-    back on its end what it found. Two plugins that do not end in the opposite order leave the thread with a stack
-    that is no longer mapped (seen with OpenVINO 2026.4.1, as soon as two `ov.Core` were used and the first one ended
-    first), and Python has its handlers run there: the next signal is a segmentation fault. Handlers of Python only
-    set a flag, so they are as well on the thread's own stack. To be repeated after `signal.signal`.
+    Every CPU plugin gives the thread that loads it an alternate signal stack (for AMX, `SigAltStackSetup`). On its
+    end it unmaps that stack and, if it is the thread's current one, puts back what it had found. Two plugins that
+    do not end in the opposite order leave the thread with a stack that is no longer mapped (seen with OpenVINO
+    2026.4.1, as soon as two `ov.Core` were used and the first one ended first), and Python has its handlers run
+    there: the next signal is a segmentation fault. Handlers of Python only set a flag, so the thread's own stack
+    will do.
+    To be repeated after `signal.signal`; not to be called while another thread changes the handler of Ctrl-C.
     """
     if callable(signal.getsignal(signal.SIGINT)):
         _take_off_alternate_stack(signal.SIGINT)
 
 
 class _SigAction(ctypes.Structure):
-    """`struct sigaction` of glibc and musl on 64-bit Linux."""
+    """`struct sigaction` of glibc and musl on the machines in `_KNOWN_MACHINES`."""
 
     _fields_ = (
         ("handler", ctypes.c_void_p),
@@ -73,11 +76,12 @@ class _SigAction(ctypes.Structure):
     )
 
 
+_KNOWN_MACHINES = ("x86_64", "aarch64")
 _SA_ONSTACK = 0x08000000  # asm-generic/signal-defs.h
 
 
 def _take_off_alternate_stack(number: int) -> None:
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or platform.machine() not in _KNOWN_MACHINES:
         return  # the plugin sets a stack on Linux only
     libc = ctypes.CDLL(None)
     action = _SigAction()

@@ -27,9 +27,10 @@ from vinoopt.compiler import yardstick_for
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.judge import Judge, Shared
 from vinoopt.compression.options import DISTILL, EFFORTS, without_training
-from vinoopt.compression.refit import algebra_seconds
 from vinoopt.compression.scope import resolve_ignored
 from vinoopt.compression.search import SearchOptions, search
+from vinoopt.compression.widths import refit_calls
+from vinoopt.compression.workload import refit_workload
 from vinoopt.distillation.needs import require_torch
 from vinoopt.distillation.stage import StageOptions, distill_beyond
 from vinoopt.errors import DataError, DeviceError, InputError, MetricError, ToolchainError
@@ -381,6 +382,8 @@ def _facts(
     """What a run is expected to take hangs on; `pace` is what the search and the test part took in float."""
     sizes = (len(splits.search), len(splits.test))
     sample_s = min(seconds / max(size, 1) for seconds, size in zip(pace, sizes, strict=True))
+    is_pruned = request.prune and not source.quantized
+    refitted = refit_calls(splits.calibration) * splits.calibration.batch if is_pruned else 0
     return Facts(
         sample_s=sample_s,
         overhead_s=max(min(pace) - min(sizes) * sample_s, 0.0) + 0.2,
@@ -388,11 +391,11 @@ def _facts(
         test=sizes[1],
         calibration=min(len(splits.calibration), request.subset_size),
         layers=sum(node.get_type_name() in _CONTRACTIONS for node in source.model.get_ops()),
-        algebra_s=algebra_seconds(source.model, samples=len(splits.calibration)) if request.prune else 0.0,
+        algebra_s=refit_workload(source.model, samples=refitted).seconds() if is_pruned else 0.0,
         formats=len(yardstick.float_precisions),
         effort=without_training(request.effort),
         quantize=request.quantize and not source.quantized,
-        prune=request.prune and not source.quantized,
+        prune=is_pruned,
         is_tuned=is_tuned,
         final_s=final_seconds(without_training(request.effort), request.time_limit_s),
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import openvino as ov
 
+from vinoopt.alarm import make_interrupts_safe
 from vinoopt.bench import Contestant, MeasureConfig, measure
 from vinoopt.bundle import GOLDEN, Bundle, damaged_files, golden_inputs, replace_blob, replay_in_child
 from vinoopt.errors import DeviceError, ProfileError, ToolchainError, VinooptError
@@ -75,6 +76,7 @@ def verify(bundle: Bundle, *, seconds: float = MEASURE_SECONDS, rebuild: bool = 
     the one in the manifest, measured for `seconds` (0: not at all). With `rebuild` a blob that no longer fits is
     replaced by one that is compiled here. A damaged file is never opened by a device.
     """
+    make_interrupts_safe()
     damaged = damaged_files(bundle)
     checks = [_files(bundle, damaged), _version(bundle)]
     for result in bundle.manifest.targets:

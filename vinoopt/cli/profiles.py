@@ -70,7 +70,7 @@ def check_command(paths: tuple[Path, ...], as_json: bool) -> None:
         )
     else:
         for path, found in findings.items():
-            click.echo(f"{path.name}: {'to be looked at' if found else 'complete'}")
+            click.echo(f"{path}: {'to be looked at' if found else 'complete'}")
             if found:
                 _table(("", "code", "finding"), [(f.severity, f.code, f.message) for f in found])
     if any(finding.severity == "error" for found in findings.values() for finding in found):

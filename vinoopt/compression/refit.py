@@ -9,9 +9,7 @@ lost nothing take part: in networks of few channels they win back most of what t
 
 from __future__ import annotations
 
-import math
 import time
-import timeit
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,8 +48,8 @@ Indices: TypeAlias = NDArray[np.intp]
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the layers done and all layers."""
 
-_ROWS_BYTES = 64 << 20
-"""Of rows that wait for their product."""
+_ROWS, _ROWS_BYTES = 4096, 64 << 20
+"""Rows that wait for their product, or their bytes as they come: what is reached first."""
 RIDGES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 """Tried where the ridge is chosen on held-back samples; see `RefitSettings.ridge` for the unit."""
 _HELD_BACK = 8
@@ -261,49 +259,17 @@ def _refittable(
     return [
         name
         for name in behind
-        if not _is_shared(targets[name])
-        and targets[name].groups * targets[name].columns ** 2 <= _MOST_SQUARES
-        and (name in narrower or name not in settings.ignored)
+        if can_refit(targets[name]) and (name in narrower or name not in settings.ignored)
     ]
+
+
+def can_refit(layer: Contraction) -> bool:
+    """Whether a sequential refit takes the layer, as far as its own shape and weights go."""
+    return not _is_shared(layer) and layer.groups * layer.columns**2 <= _MOST_SQUARES
 
 
 def _is_shared(layer: Contraction) -> bool:
     return len(layer.node.input_value(layer.weight_port).get_target_inputs()) > 1
-
-
-def algebra_seconds(model: ov.Model, *, samples: int, settings: RefitSettings = RefitSettings()) -> float:
-    """About how long the sums and solutions of a sequential refit of every layer take here, without the inferences.
-
-    Operations are counted; how fast this machine does them, one small product tells.
-    """
-    operations = 0.0
-    for each in index_contractions(model).values():
-        if each.is_depthwise:
-            continue
-        columns, outputs = float(each.columns), float(each.outputs)
-        is_costly = columns > EXACT_COLUMNS
-        rows = samples * min(settings.rows_per_sample, _positions_of(each))
-        summed = rows * columns * (columns + 2 * outputs) * (0.5 if is_costly else 1.0)  # in float32 twice as fast
-        solved = (len(RIDGES) / 2 if is_costly else len(RIDGES)) * columns**2 * (columns / 3 + 4 * outputs)
-        operations += each.groups * (summed + solved)
-    return operations / _operations_per_second()
-
-
-def _positions_of(layer: Contraction) -> float:
-    """Output positions of one sample; infinite where the model does not fix them."""
-    shape = layer.node.output(0).get_partial_shape()
-    if shape.rank.is_dynamic:
-        return math.inf
-    lengths = list(shape)
-    del lengths[layer.channel_axis]
-    return math.prod(length.get_length() if length.is_static else math.inf for length in lengths[1:])
-
-
-def _operations_per_second() -> float:
-    """Of a product in float64, as systems of many columns are computed."""
-    factor = np.ones((512, 512))
-    factor @ factor
-    return 2.0 * 512**3 / min(timeit.repeat(lambda: factor @ factor, number=1, repeat=20))
 
 
 def best_fit(fitted: PairedSums, held: PairedSums, ridge: float | None) -> tuple[Matrix, Matrix] | None:
@@ -325,7 +291,7 @@ def _by_promise(count: int, tried: Mapping[int, float], *, is_costly: bool) -> I
     """Which ridges to try, by what those tried so far brought; all in order where solving costs little.
 
     The error on held-back rows has one valley over the ridge, or nearly: from the middle down to where it rises
-    again on either side. The bias alone, which comes first, costs nothing.
+    again on either side. The bias alone, which needs no solution, comes first.
     """
     if not is_costly or count < 4:
         yield from range(count)
@@ -381,21 +347,23 @@ class _Rows:
     def __init__(self, sums: PairedSums) -> None:
         self._sums = sums
         self._waiting: list[tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]] = []
-        self._bytes = 0
+        self._bytes = self._rows = 0
 
     def add(self, x: NDArray[np.floating[Any]], e: NDArray[np.floating[Any]]) -> None:
         """Rows as `PairedSums.add` takes them."""
         self._waiting.append((x, e))
-        self._bytes += x.nbytes
-        if self._bytes >= _ROWS_BYTES:
+        self._bytes += x.nbytes + e.nbytes
+        self._rows += x.shape[1]
+        if self._bytes >= _ROWS_BYTES or self._rows >= _ROWS:
             self.flush()
 
     def flush(self) -> None:
         """Add what is waiting."""
-        if self._waiting:
-            x, e = (np.concatenate(parts, axis=1) for parts in zip(*self._waiting, strict=True))
+        waiting, self._waiting, self._bytes, self._rows = self._waiting, [], 0, 0
+        if len(waiting) > 1:
+            waiting = [tuple(np.concatenate(parts, axis=1) for parts in zip(*waiting, strict=True))]  # type: ignore[list-item]
+        for x, e in waiting:
             self._sums.add(x, e)
-            self._waiting, self._bytes = [], 0
 
 
 class _Walk:

@@ -21,7 +21,7 @@ _SMALL = 64
 _ROUNDED = 1e-13
 """Of a second moment: a variance below that is what rounding left."""
 EXACT_COLUMNS = 1024
-"""Up to here products run in float64; beyond, each call's product in float32 and only the sum in float64."""
+"""Up to here products run in float64; beyond, those of some thousand rows each in float32, their sum in float64."""
 
 
 def threads_for(columns: int) -> contextlib.AbstractContextManager[Any]:
@@ -146,6 +146,8 @@ class PairedSums:
 
     def error(self, change: Matrix, shift: Matrix) -> float:
         """Mean squared error per row that is left after the change."""
+        if not change.any():
+            return self.ee / self.rows + float((shift * (shift - 2 * self.e / self.rows)).sum())
         moved = np.einsum("gk,gko->go", self.x, change)
         total = self.ee - 2 * float((change * self.xe).sum() + (shift * self.e).sum())
         total += float((change * (self.xx @ change)).sum())

@@ -189,7 +189,7 @@ def prepare(
     coupling = find_groups(model, ignored=ignored)
     if not coupling.groups:
         return None
-    samples = _held(calibration)
+    samples = [calibration[index] for index in range(refit_calls(calibration))]
     readers = sorted({units.name for group in coupling.groups for units in coupling.columns[group.name]})
     say(f"activations of {len(readers)} layers on {len(samples)} calibration calls")
     statistics = collect_statistics(model, readers, samples, seed=seed)
@@ -217,10 +217,10 @@ def prepare(
     )
 
 
-def _held(calibration: Dataset) -> list[Sample]:
+def refit_calls(calibration: Dataset) -> int:
+    """How many calls of the calibration data statistics and refits see."""
     size = sum(array.nbytes for array in calibration[0].values())
-    count = min(len(calibration), MAX_CALLS, max(MAX_BYTES // max(size, 1), MIN_CALLS))
-    return [calibration[index] for index in range(count)]
+    return min(len(calibration), MAX_CALLS, max(MAX_BYTES // max(size, 1), MIN_CALLS))
 
 
 def size_of(width: int) -> float:
