@@ -47,6 +47,8 @@ _REFITTED = {False: 2, True: 5}
 """Whether the search is thorough -> cuts of either kind that are refitted to learn what of their damage lasts."""
 _REFITTED_CALLS, _REFITTED_S = 256, 60.0
 """Calibration calls for that, and seconds after which no further cut is begun."""
+_TABLE_SHARE, _REFITTED_SHARE = 0.5, 0.3
+"""Of the time that is left, what the damage table and those cuts may use: the rest is for candidates."""
 _TINY = 1e-12
 _LEAST_SHARE = 0.5
 """Of what counters say, what a layer takes at least when the whole model's latency corrects them."""
@@ -120,9 +122,10 @@ class WidthSearch:
             return ["no group of channels is wide enough to be cut in steps that the target likes"]
         clock = self._clock()
         self.say(f"damage of {sum(map(len, self.offers.values()))} widths of {len(self.offers)} groups")
+        late = self._late_after(_TABLE_SHARE)
         if self.is_thorough:
-            self.kit = with_best_orders(self.kit, self.offers, self._probe, is_late=self._is_late)
-        damages = width_damages(self.kit, self.offers, self._probe, is_late=self._is_late)
+            self.kit = with_best_orders(self.kit, self.offers, self._probe, is_late=late)
+        damages = width_damages(self.kit, self.offers, self._probe, is_late=late)
         if not damages:
             return ["the time limit left none for pruning"]
         self.clock, self.damages = clock, damages
@@ -431,15 +434,12 @@ class WidthSearch:
         """What layers behind a cut cannot make up for, of whole branches that go and of narrower groups."""
         count = _REFITTED[self.is_thorough]
         self.say(f"what a refit of the layers behind makes up for, at up to {3 * count} cuts")
-        ends_at = time.monotonic() + _REFITTED_S
+        late = self._late_after(_REFITTED_SHARE, most_s=_REFITTED_S)
         order = [group.name for group in self.kit.coupling.groups if group.name in self.damages]
-
-        def is_late() -> bool:
-            return self._is_late() or time.monotonic() > ends_at
 
         def shares(widths: Mapping[str, int]) -> dict[str, float]:
             names = [name for name in order if name in widths]
-            return lasting_shares(names, lambda n: self._lasting(n, widths[n]), count=count, is_late=is_late)
+            return lasting_shares(names, lambda n: self._lasting(n, widths[n]), count=count, is_late=late)
 
         def finite(name: str, widths: Sequence[int]) -> int | None:
             return next((w for w in widths if math.isfinite(self.damages[name].get(w, math.inf))), None)
@@ -524,6 +524,13 @@ class WidthSearch:
             f"pruning buys nothing inside the budget: the mildest of {len(tried)} candidates "
             f"({nearest.note}): {nearest.drop_words} on the search part"
         )
+
+    def _late_after(self, share: float, *, most_s: float = math.inf) -> Callable[[], bool]:
+        """Whether this share of the time that is left now, or so many seconds, will have passed."""
+        now = time.monotonic()
+        left_s = math.inf if self.deadline is None else max(self.deadline - now, 0.0)
+        ends_at = now + min(share * left_s, most_s)
+        return lambda: time.monotonic() > ends_at
 
     def _is_late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
