@@ -136,6 +136,8 @@ STOP = """
 import numpy as np
 import vinoopt
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background begins with Ctrl-C ignored
+
 def stop(event):
     if "baselines: " in event.message:
         lose_the_stack()
