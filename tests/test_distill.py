@@ -20,6 +20,7 @@ from vinoopt.distillation.augment import find_augment, image_axes  # noqa: E402
 from vinoopt.distillation.distiller import Distilled  # noqa: E402
 from vinoopt.distillation.losses import output_loss  # noqa: E402
 from vinoopt.distillation.quantizers import Grid, fake_quantize  # noqa: E402
+from vinoopt.distillation.standing import Standing  # noqa: E402
 from vinoopt.errors import DistillationError, InputError  # noqa: E402
 from vinoopt.records import Device, Event, QuantizationPlan, TensorSpec  # noqa: E402
 
@@ -363,3 +364,19 @@ def test_what_is_no_class_score_may_not_be_shifted(scale: float) -> None:
     assert float(output_loss(scores)(scores + scale, scores)) > 1e-2
     sure = output_loss(scores, ending="Softmax", is_finished=False)
     assert float(sure(scores + scale, scores)) == pytest.approx(0, abs=1e-5), "a softmax does not see it"
+
+
+@pytest.mark.parametrize(("lost", "gained", "is_doubted"), [(5, 4, False), (20, 2, True), (2, 20, False)])
+def test_a_nearer_model_is_doubted_only_where_it_lost_more_decisions_than_chance(
+    lost: int, gained: int, is_doubted: bool
+) -> None:
+    count = 150
+    distances = np.random.default_rng(0).uniform(0.2, 0.4, count)
+    agreements = np.ones(count)
+    agreements[:gained] = 0
+    after = np.ones(count)
+    after[count - lost :] = 0
+    before = Standing(distances=distances, agreements=agreements)
+    doubt = Standing(distances=0.7 * distances, agreements=after).doubt_over(before)
+    assert ("fewer decisions" in doubt) == is_doubted
+    assert Standing(distances=distances, agreements=after).doubt_over(before)  # not nearer

@@ -22,21 +22,29 @@ class Standing:
     """How far a model's outputs are from the teacher's, call by call."""
 
     distances: np.ndarray[Any, Any]
-    agreement: float | None
+    agreements: np.ndarray[Any, Any] | None
+    """Share of decisions that are the teacher's; None where outputs are no decisions."""
 
     @property
     def distance(self) -> float:
         """The mean."""
         return float(self.distances.mean())
 
+    @property
+    def agreement(self) -> float | None:
+        """The mean."""
+        return None if self.agreements is None else float(self.agreements.mean())
+
     def doubt_over(self, before: Standing) -> str:
         """Why this is not surely nearer than `before`; empty where it is."""
-        gains = before.distances - self.distances
-        error = float(gains.std(ddof=1)) / math.sqrt(len(gains))
-        if not float(gains.mean()) > error:
+        gain, error = _mean_and_error(before.distances - self.distances)
+        if not gain > error:
             return f"that is no more than chance (standard error {error:.2g})"
-        if self.agreement is not None and before.agreement is not None and self.agreement < before.agreement:
-            return "fewer decisions are the float model's"
+        if self.agreements is None or before.agreements is None:
+            return ""
+        loss, error = _mean_and_error(before.agreements - self.agreements)
+        if loss > error:
+            return f"{loss:.1%} fewer decisions are the float model's (standard error {error:.1%})"
         return ""
 
     def words_after(self, before: Standing) -> str:
@@ -47,6 +55,11 @@ class Standing:
         if self.agreement is None or before.agreement is None:
             return text
         return f"{text}; agreement {before.agreement:.1%} and {self.agreement:.1%}"
+
+
+def _mean_and_error(differences: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Of paired differences: their mean, and its standard error."""
+    return float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(len(differences))
 
 
 class Departure:
@@ -68,10 +81,10 @@ class Departure:
             outputs = [[torch.tensor(v) for v in call.values()] for call in predict(model, self.data)]
         pairs = list(zip(outputs, self.wanted, strict=True))
         shares = [self.loss.agreement(own, its) for own, its in pairs]
-        known = [share for share in shares if share is not None]
+        known = np.array([math.nan if share is None else float(share) for share in shares])
         return Standing(
             distances=np.array([float(self.loss.of_outputs(own, its)) for own, its in pairs]),
-            agreement=sum(known) / len(known) if known else None,
+            agreements=None if np.isnan(known).any() else known,
         )
 
 
