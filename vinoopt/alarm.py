@@ -58,8 +58,8 @@ def make_interrupts_safe() -> None:
     do not end in the opposite order leave the thread with a stack that is no longer mapped (seen with OpenVINO
     2026.4.1, as soon as two `ov.Core` were used and the first one ended first), and Python has its handlers run
     there: the next signal is a segmentation fault. Handlers of Python only set a flag, so the thread's own stack
-    will do.
-    To be repeated after `signal.signal`; not to be called while another thread changes the handler of Ctrl-C.
+    will do. To be repeated after `signal.signal`; not to be called while another thread changes the handler of
+    Ctrl-C.
     """
     if callable(signal.getsignal(signal.SIGINT)):
         _take_off_alternate_stack(signal.SIGINT)

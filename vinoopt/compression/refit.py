@@ -293,7 +293,7 @@ def _by_promise(count: int, tried: Mapping[int, float], *, is_costly: bool) -> I
     The error on held-back rows has one valley over the ridge, or nearly: from the middle down to where it rises
     again on either side. The bias alone, which needs no solution, comes first.
     """
-    if not is_costly or count < 4:
+    if not is_costly:
         yield from range(count)
         return
     yield 0
@@ -360,9 +360,10 @@ class _Rows:
     def flush(self) -> None:
         """Add what is waiting."""
         waiting, self._waiting, self._bytes, self._rows = self._waiting, [], 0, 0
-        if len(waiting) > 1:
-            waiting = [tuple(np.concatenate(parts, axis=1) for parts in zip(*waiting, strict=True))]  # type: ignore[list-item]
-        for x, e in waiting:
+        if len(waiting) == 1:
+            self._sums.add(*waiting[0])
+        elif waiting:
+            x, e = (np.concatenate(parts, axis=1) for parts in zip(*waiting, strict=True))
             self._sums.add(x, e)
 
 

@@ -146,7 +146,7 @@ class PairedSums:
 
     def error(self, change: Matrix, shift: Matrix) -> float:
         """Mean squared error per row that is left after the change."""
-        if not change.any():
+        if not change.any():  # the bias alone: without a product of all columns
             return self.ee / self.rows + float((shift * (shift - 2 * self.e / self.rows)).sum())
         moved = np.einsum("gk,gko->go", self.x, change)
         total = self.ee - 2 * float((change * self.xe).sum() + (shift * self.e).sum())

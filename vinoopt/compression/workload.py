@@ -36,7 +36,8 @@ class Workload:
 
 def refit_workload(model: ov.Model, *, samples: int) -> Workload:
     """Of refitting all layers that can be; inferences are not in it. `samples` counts along the batch axis."""
-    narrow, wide, rows_per_sample = 0.0, 0.0, RefitSettings().rows_per_sample
+    rows_per_sample = RefitSettings().rows_per_sample
+    operations = {False: 0.0, True: 0.0}
     for layer in index_contractions(model).values():
         if layer.is_depthwise or not can_refit(layer):
             continue
@@ -45,11 +46,8 @@ def refit_workload(model: ov.Model, *, samples: int) -> Workload:
         rows = samples * min(rows_per_sample, _positions(layer))
         summed = rows * columns * (columns + 2 * outputs) * (0.5 if is_wide else 1.0)  # float32 is twice as fast
         solved = (_TRIED if is_wide else len(RIDGES)) * columns**2 * (columns / 3 + 4 * outputs)
-        if is_wide:
-            wide += layer.groups * (summed + solved)
-        else:
-            narrow += layer.groups * (summed + solved)
-    return Workload(narrow=narrow, wide=wide)
+        operations[is_wide] += layer.groups * (summed + solved)
+    return Workload(narrow=operations[False], wide=operations[True])
 
 
 def _positions(layer: Contraction) -> float:

@@ -22,8 +22,9 @@ class Standing:
     """How far a model's outputs are from the teacher's, call by call."""
 
     distances: np.ndarray[Any, Any]
+    """[calls]: the loss of training between the model's outputs and the teacher's."""
     agreements: np.ndarray[Any, Any] | None
-    """Share of decisions that are the teacher's; None where outputs are no decisions."""
+    """[calls]: share of decisions that are the teacher's; None where outputs are no decisions."""
 
     @property
     def distance(self) -> float:
