@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from _cases import SHARED, Case, cases, compiled, data_of, judged, ratio, whole_calls
-from bench_pruning import outcome, side_by_side
+from bench_pruning import F32, outcome, side_by_side
 
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset
@@ -32,8 +32,6 @@ from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import prepare
 from vinoopt.frontend.normalize import SourceModel
 from vinoopt.records import Device, Event, QuantizationPlan
-
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 def material(case: Case, source: SourceModel, images: int | None) -> tuple[Dataset, Dataset]:

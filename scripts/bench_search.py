@@ -22,29 +22,32 @@ from pathlib import Path
 from typing import Any
 
 from _cases import Case, aligned, cases, compiled, data_of, judged, ratio, ratio_cell, say, whole_calls
+from bench_pruning import F32, FLOAT, MEASURED_SAMPLES, PLAIN, outcome
 
 import vinoopt
 from vinoopt.bench import Contestant, MeasureConfig, measure
 from vinoopt.compression.quantize import quantize
 from vinoopt.records import Device, QuantizationPlan
 
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}
-FLOAT, PLAIN = "float", "nncf.quantize"
-MEASURED_SAMPLES = 32
-
 
 def run(
-    case: Case, data: dict[str, Any], folder: Path, options: argparse.Namespace, **given: Any
+    case: Case,
+    data: dict[str, Any],
+    folder: Path,
+    options: argparse.Namespace,
+    *,
+    max_drop: float,
+    time_limit_s: float | None = None,
 ) -> vinoopt.Bundle:
     """One compilation for one target."""
     return compiled(
         case,
         data,
         1,
-        max_drop=given.pop("max_drop", options.max_drop[0]),
+        max_drop=max_drop,
+        time_limit_s=time_limit_s,
         targets=(options.target,),
         tune=False,
-        **given,
         effort=options.effort,
         output=folder,
         force=True,
@@ -56,17 +59,10 @@ def told(bundle: vinoopt.Bundle) -> dict[str, Any]:
     """What came out."""
     (result,) = bundle.manifest.targets
     return {
-        "plan": result.plan.title,
+        **outcome(bundle),
         "float_blocks": len(result.float_blocks),
-        "groups": len(result.plan.widths),
-        "budget_met": result.budget_met,
-        "drop": None if result.drop is None else [result.drop.value, result.drop.low, result.drop.high],
-        "trials": bundle.manifest.trials,
         "seconds": round(bundle.manifest.seconds, 1),
         "over": {comparison.reference: ratio(comparison) for comparison in result.comparisons},
-        "reasons": list(result.reasons),
-        "host": bundle.manifest.host.cpu,
-        "versions": bundle.manifest.host.versions,
     }
 
 
@@ -112,7 +108,9 @@ def stop(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[
     for title, share in (("to the end", None), (f"{options.share:.0%} of the time", options.share)):
         with tempfile.TemporaryDirectory() as cache:
             os.environ["VINOOPT_CACHE_DIR"] = cache
-            bundle = run(case, data, folder / "stop", options, time_limit_s=limit_s)
+            bundle = run(
+                case, data, folder / "stop", options, max_drop=options.max_drop[0], time_limit_s=limit_s
+            )
         if share is None:
             limit_s = options.share * bundle.manifest.seconds
         yield {"case": name, "what": title, "limit_s": limit_s if share else None, **told(bundle)}
@@ -121,7 +119,8 @@ def stop(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[
 def cap(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """The result for a CPU that is not here."""
     case = cases()[name]
-    yield {"case": name, "what": options.target, **told(run(case, data_of(case, 1), folder / "cap", options))}
+    bundle = run(case, data_of(case, 1), folder / "cap", options, max_drop=options.max_drop[0])
+    yield {"case": name, "what": options.target, **told(bundle)}
 
 
 WAYS = {"budgets": budgets, "stop": stop, "cap": cap}
@@ -140,7 +139,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 row["what"],
                 row.get("plan", "-"),
                 f"{row['accuracy']:.4f}" if "accuracy" in row else "-",
-                f"{drop[0]:+.4f} [{drop[1]:+.4f} {drop[2]:+.4f}]" if drop else "-",
+                f"{drop['value']:+.4f} [{drop['low']:+.4f} {drop['high']:+.4f}]" if drop else "-",
                 {True: "yes", False: "NO"}.get(row.get("budget_met"), "-"),
                 faster,
                 str(row.get("trials", "-")),
