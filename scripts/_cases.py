@@ -17,24 +17,31 @@ import openvino as ov
 
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset, from_arrays, load_dataset
-from vinoopt.accuracy.evaluate import Scores, predict, score
+from vinoopt.accuracy.evaluate import Predictions, Scores, predict, score
 from vinoopt.accuracy.labels import BoxLabels
 from vinoopt.accuracy.metrics import Metric, find_metric
 from vinoopt.demo import demo_files
 from vinoopt.frontend.normalize import SourceModel
+from vinoopt.frontend.parity import random_samples
 from vinoopt.frontend.preprocess import read_preprocess
 from vinoopt.records import AccuracyBudget, Comparison, PreprocessSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("VINOOPT_SHARED", ROOT.parent / "shared"))
 CIFAR = (PreprocessSpec(mean=(123.675, 116.28, 103.53), scale=(58.395, 57.12, 57.375)),)
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 CALIBRATION = 1000
 """Most images that calibration and refit may see where a model's data has a part for them."""
+NOISE = 200
+"""Samples of random values for a model whose kind of data is not here: they tell times, and hardly accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Inputs and labels: for calibration (None: a part of the search's), for the search, for judgement."""
+    """Inputs and labels: for calibration (None: a part of the search's), for the search, for judgement.
+
+    Labels are None where the float model alone says what is right.
+    """
 
     calibration: Any = None
     search: Any
@@ -52,6 +59,7 @@ class Case:
     preprocess: tuple[PreprocessSpec, ...] = ()
     shape: str | None = None
     metric: str = "top1"
+    """`auto` where there are no labels."""
     metric_options: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def shape_at(self, batch: int) -> str | None:
@@ -64,7 +72,8 @@ class Case:
 
     def metric_for(self, source: SourceModel) -> Metric:
         """What the case is judged by."""
-        return find_metric(self.metric, outputs=source.outputs, has_labels=True, options=self.metric_options)
+        has_labels = self.metric != "auto"
+        return find_metric(self.metric, outputs=source.outputs, has_labels=has_labels, options=self.metric_options)
 
 
 def cases() -> dict[str, Case]:
@@ -72,6 +81,7 @@ def cases() -> dict[str, Case]:
     models, demo = SHARED / "models", demo_files()
     digit = "images[{},1,32,32]"
     imagenet_rgb = (PreprocessSpec(mean=(127.5,), scale=(127.5,)),)
+    photos = (PreprocessSpec(mean=(123.675, 116.28, 103.53), scale=(58.395, 57.12, 57.375), fit="squash"),)
     imagenet_bgr = (PreprocessSpec(colour_order="BGR", mean=(104.0, 117.0, 123.0)),)
     return {
         "digits": Case(
@@ -115,6 +125,31 @@ def cases() -> dict[str, Case]:
             metric="map",
             metric_options={"decoding": "yolox"},
         ),
+        "squeezenet_fp16": Case(
+            model=models / "squeezenet1.0_fp16.onnx", load=_imagenet, preprocess=imagenet_bgr
+        ),
+        "mobilenetv2_qdq": Case(
+            model=models / "mobilenetv2_1.0_224_qat_qdq_u8.onnx", load=_imagenet, metric_options={"label_offset": 1}
+        ),
+        "ultraface": Case(
+            model=models / "ultraface_rfb_320.onnx",
+            load=_photographs,
+            preprocess=(PreprocessSpec(mean=(127.0,), scale=(128.0,), fit="squash"),),
+            metric="auto",
+        ),
+        "ppocr_cls": Case(
+            model=models / "ppocr_cls.onnx",
+            load=_photographs,
+            preprocess=(PreprocessSpec(mean=(127.5,), scale=(127.5,), fit="squash"),),
+            shape="x[{},3,48,192]",
+            metric="auto",
+        ),
+        "external_resnet": Case(
+            model=models / "external_data_resnet" / "model.onnx", load=_photographs, preprocess=photos, metric="auto"
+        ),
+        "dtln_1": Case(model=models / "dtln_1.onnx", load=_noise, metric="auto"),
+        "dtln_2": Case(model=models / "dtln_2.onnx", load=_noise, metric="auto"),
+        "silero_vad": Case(model=models / "silero_vad_openvino_16k.onnx", load=_noise, metric="auto"),
     }
 
 
@@ -127,6 +162,8 @@ def _divided(images: Any, labels: Any, share: float = 0.5) -> Parts:
     first, second = order[: int(share * len(order))], order[int(share * len(order)) :]
 
     def of(values: Any, chosen: np.ndarray) -> Any:
+        if values is None:
+            return None
         return values[chosen] if isinstance(values, np.ndarray) else [values[i] for i in chosen]
 
     return Parts(
@@ -185,6 +222,18 @@ def _people(source: SourceModel) -> Parts:
     return _divided(images, np.asarray([_has_person(each) for each in boxes], np.int64))
 
 
+def _photographs(source: SourceModel) -> Parts:
+    """Images without labels."""
+    dataset = load_dataset(
+        str(SHARED / "data" / "coco_train128" / "images"), inputs=source.inputs, preprocess=source.preprocess
+    )
+    return _divided(np.concatenate([sample[source.inputs[0].name] for sample in dataset]), None)
+
+
+def _noise(source: SourceModel) -> Parts:
+    return _divided(random_samples(source, NOISE), None)
+
+
 def _has_person(objects: BoxLabels) -> bool:
     left, top, right, bottom = objects.boxes.T
     share = (right - left) * (bottom - top) / (objects.size[0] * objects.size[1])
@@ -210,10 +259,10 @@ def compiled(case: Case, data: Mapping[str, Any], batch: int, *, max_drop: float
     return vinoopt.compile(
         case.model,
         data=data["search"],
-        labels=data["search_labels"],
+        labels=data.get("search_labels"),
         calibration_data=data.get("calibration"),
         test_data=data["test"],
-        test_labels=data["test_labels"],
+        test_labels=data.get("test_labels"),
         budget=AccuracyBudget(metric=case.metric, max_drop=max_drop),
         metric_options=case.metric_options,
         preprocess=case.preprocess,
@@ -229,13 +278,24 @@ def whole_calls(data: Any, labels: Any, source: SourceModel, batch: int) -> Data
     return from_arrays(data[:count], inputs=source.inputs, labels=kept)
 
 
+def reference_for(metric: Metric, source: SourceModel, test: Dataset) -> Predictions | None:
+    """The float model's outputs in f32, where the metric compares with them."""
+    return predict(source.model, test, properties=F32) if metric.needs_reference else None
+
+
 def judged(
-    model: ov.Model | Path, properties: Mapping[str, str], test: Dataset, metric: Metric
+    model: ov.Model | Path,
+    properties: Mapping[str, str],
+    test: Dataset,
+    metric: Metric,
+    reference: Predictions | None = None,
+    *,
+    device: str = "CPU",
 ) -> Scores:
-    """The metric of a model as it is run, on the test part; one that needs no float model's outputs."""
+    """The metric of a model as it is run, on the test part; `reference` where the float model's outputs count."""
     loaded = ov.Core().read_model(model) if isinstance(model, Path) else model
     kept = {key: value for key, value in properties.items() if key != "PERFORMANCE_HINT"}
-    return score(metric, predict(loaded, test, properties=kept), test)
+    return score(metric, predict(loaded, test, properties=kept, device=device), test, reference)
 
 
 def ratio(comparison: Comparison) -> list[float | bool]:

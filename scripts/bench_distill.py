@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from _cases import SHARED, Case, cases, compiled, data_of, judged, ratio, whole_calls
-from bench_pruning import F32, outcome, side_by_side
+from _cases import F32, SHARED, Case, cases, compiled, data_of, judged, ratio, reference_for, whole_calls
+from bench_pruning import outcome, side_by_side
 
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset
@@ -108,7 +108,8 @@ def _trained(
         on_event=_say,
     )
     models = {"float": (source.model, F32), "before": (student, {}), "after": (result.model, {})}
-    values = {title: judged(model, how, test, metric).value for title, (model, how) in models.items()}
+    reference = reference_for(metric, source, test)
+    values = {title: judged(model, how, test, metric, reference).value for title, (model, how) in models.items()}
     return {
         "metric": metric.name,
         "learned_from": len(learn),

@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from _cases import Case, Parts, aligned, cases, ratio, ratio_cell, say, whole_calls
+from _cases import Case, Parts, aligned, cases, judged, ratio, ratio_cell, reference_for, say, whole_calls
 
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset
-from vinoopt.accuracy.evaluate import Predictions, output_names, predict, score
+from vinoopt.accuracy.evaluate import Predictions, output_names, score
 from vinoopt.bench import (
     BenchResult,
     Contestant,
@@ -115,14 +115,17 @@ def accuracy_control(task: Task) -> dict[str, Any]:
 
     validation = whole_calls(task.parts.search, task.parts.search_labels, task.source, 1)
     metric, names = task.case.metric_for(task.source), output_names(task.source.model)
+    outputs = reference_for(metric, task.source, validation)
 
     def validate(compiled: ov.CompiledModel, chosen: Any) -> tuple[float, list[float] | None]:
-        part, found = validation.subset(np.asarray(list(chosen))), Predictions()
-        for sample in part:
+        part, found, wanted = validation.subset(np.asarray(list(chosen))), Predictions(), Predictions()
+        for i, sample in zip(chosen, part, strict=True):
             values = (np.array(value) for value in compiled(sample).values())
             found.append(dict(zip(names, values, strict=True)))
+            if outputs is not None:
+                wanted.append(outputs[i])
         try:
-            scores = score(metric, found, part)
+            scores = score(metric, found, part, None if outputs is None else wanted)
         except DataError:  # a single image without objects has no mAP; whole parts have
             return 0.0, None
         return scores.value, [float(each) for each in scores.statistics] if metric.is_mean else None
@@ -313,10 +316,9 @@ def hint_for(road: Prepared, mode: MeasureMode) -> dict[str, str]:
 
 def accuracy_of(road: Prepared, task: Task, test: Dataset) -> float:
     metric = task.case.metric_for(task.source)
+    reference = reference_for(metric, task.source, test)
     if road.engine is Engine.OPENVINO:
-        model, kept = ov.Core().read_model(road.model), dict(road.properties)
-        kept.pop("PERFORMANCE_HINT", None)
-        return score(metric, predict(model, test, properties=kept, device=task.device), test).value
+        return judged(road.model, road.properties, test, metric, reference, device=task.device).value
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(road.model), providers=["CPUExecutionProvider"])
@@ -325,7 +327,7 @@ def accuracy_of(road: Prepared, task: Task, test: Dataset) -> float:
     for i in range(len(test)):
         values = session.run(None, own_inputs(task.source, test[i]))
         found.append({key: np.asarray(value) for key, value in zip(names, values, strict=True)})
-    return score(metric, found, test).value
+    return score(metric, found, test, reference).value
 
 
 def row(

@@ -35,7 +35,6 @@ BUDGETS = {
 }
 """Case -> absolute drops of top-1 that are asked for where none is given."""
 FLOAT, PLAIN, RESULT = "float", "nncf.quantize", "vinoopt"
-F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 MEASURED_SAMPLES = 32
 
 
@@ -93,7 +92,7 @@ def outcome(bundle: Any) -> dict[str, Any]:
 
 def side_by_side(bundle: Any, case: Any, source: Any, data: dict[str, Any], *, seconds: float) -> dict[str, Any]:
     """Accuracy, size, latency of the float model, plain INT8 and the result, and how many times faster it is."""
-    from _cases import judged, ratio, whole_calls
+    from _cases import F32, judged, ratio, whole_calls
 
     from vinoopt.bench import Contestant, MeasureConfig, measure
     from vinoopt.compression.quantize import quantize
