@@ -17,12 +17,12 @@ import vinoopt  # noqa: E402
 from vinoopt.accuracy.datasets import from_arrays  # noqa: E402
 from vinoopt.compression.quantize import quantize  # noqa: E402
 from vinoopt.distillation.augment import find_augment, image_axes  # noqa: E402
-from vinoopt.distillation.distiller import Distilled  # noqa: E402
+from vinoopt.distillation.distiller import Distilled, last_rate  # noqa: E402
 from vinoopt.distillation.losses import output_loss  # noqa: E402
 from vinoopt.distillation.quantizers import Grid, fake_quantize  # noqa: E402
 from vinoopt.distillation.standing import Standing  # noqa: E402
 from vinoopt.errors import DistillationError, InputError  # noqa: E402
-from vinoopt.records import Device, Event, QuantizationPlan, TensorSpec  # noqa: E402
+from vinoopt.records import Device, DistillationPlan, Event, QuantizationPlan, TensorSpec  # noqa: E402
 
 SIDE, CLASSES = 16, 5
 RNG = np.random.default_rng(0)
@@ -380,3 +380,27 @@ def test_a_nearer_model_is_doubted_only_where_it_lost_more_decisions_than_chance
     doubt = Standing(distances=0.7 * distances, agreements=after).doubt_over(before)
     assert ("fewer decisions" in doubt) == is_doubted
     assert Standing(distances=distances, agreements=after).doubt_over(before)  # not nearer
+
+
+@pytest.mark.parametrize(
+    ("runs", "rate"),
+    [
+        ((1500,), 0.01),
+        ((150,), 0.005),
+        ((20,), 0.005),
+        ((150, 1200), 0.01),
+        ((1000, 1000), 0.004),
+        ((1000, 1000, 1000), 0.0016),
+        ((1000, 3000), 0.01),
+    ],
+)
+def test_short_runs_and_repeated_ones_go_more_slowly(runs: tuple[int, ...], rate: float) -> None:
+    assert last_rate(DistillationPlan(runs=runs, peak_rate=0.01)) == pytest.approx(rate)
+
+
+def test_what_others_judge_later_need_not_be_nearer_for_certain() -> None:
+    distances = np.random.default_rng(0).uniform(0.2, 0.4, 150)
+    before = Standing(distances=distances, agreements=None)
+    after = Standing(distances=np.roll(distances, 1) - 1e-4, agreements=None)
+    assert after.doubt_over(before) and not after.loss_over(before)
+    assert before.loss_over(before)

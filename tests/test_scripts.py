@@ -168,14 +168,17 @@ def test_the_search_is_asked_for_other_budgets_and_for_less_time() -> None:
     words = ("--case", "digits", "--effort", "fast")
     told = run("bench_search", "budgets", *words, "--max-drop", "0.05", "--max-drop", "0.01", "--seconds", "1")
     rows = list(lines("search.jsonl"))
-    assert [row["what"] for row in rows] == ["float", "nncf.quantize", "5%", "1%"]
+    floats = [row for row in rows if row["what"] in ("float", "float bf16")]
+    assert [row["what"] for row in rows if row not in floats] == ["nncf.quantize", "5%", "1%"]
+    assert floats and sum(row["over_best"] is None for row in rows) == 1
     assert all(row["accuracy"] > 0.9 for row in rows)
     assert "times faster" in told.stdout
     run("bench_search", "stop", *words, "--output", "stop.jsonl")
     whole, part = lines("stop.jsonl")
     assert part["limit_s"] == pytest.approx(0.3 * whole["seconds"], abs=0.1)
     assert part["budget_met"]
-    run("bench_search", "cap", *words, "--target", "skylake:CPU", "--output", "cap.jsonl")
+    cap = ("--target", "skylake:CPU", "--time-limit", "40", "--output", "cap.jsonl")
+    run("bench_search", "cap", *words, *cap)
     (row,) = lines("cap.jsonl")
     assert row["over"]
 

@@ -64,7 +64,8 @@ def distill(
     a key, as in `compile`) are given: their cross entropy is then added with `label_weight`.
 
     `peak_rate` is the largest change of a weight per step, relative to its tensor's size; by default 0.01 for a model
-    with fewer weights than its teacher, else 0.0003. `augment` mirrors, shifts and mixes images (True), leaves inputs
+    with fewer weights than its teacher, else 0.0003. With less than 600 steps it is lowered by the root of their
+    share, to half at most. `augment` mirrors, shifts and mixes images (True), leaves inputs
     as they are (False), or is a function of the inputs of one batch and a `torch.Generator`. A run that was
     interrupted, or cut by the time limit, goes on from `checkpoint`; Ctrl-C still raises `KeyboardInterrupt`. The
     result is the same in every run with `threads=1` and no time limit.

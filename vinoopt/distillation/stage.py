@@ -97,6 +97,15 @@ class _Runner:
         return self.is_spent, drop, self.damage
 
 
+def _undominated(runners: Sequence[_Runner]) -> list[_Runner]:
+    """Without those for which there is one that is both faster and less damaged."""
+    return [
+        each
+        for each in runners
+        if not any(other.latency_ms < each.latency_ms and other.damage < each.damage for other in runners)
+    ]
+
+
 class _CutShort(DistillationError):  # noqa: N818 - reads as what happened
     """A run that the time limit ended: what it made is not the plan's model, but that of fewer steps."""
 
@@ -303,7 +312,7 @@ class _Stage:
             for plan, ms in pairs
             if ms < limit
         ]
-        return sorted(runners, key=lambda runner: runner.promise)
+        return sorted(_undominated(runners), key=lambda runner: runner.promise)
 
     def _built(self, plans: Sequence[CompressionPlan]) -> list[CompressionPlan]:
         """The plans whose models could be built in time."""
@@ -367,9 +376,11 @@ class _Stage:
         runs = plan.distillation.runs if plan.distillation is not None else ()
         trial = self.judge.judge(plan, note=f"{sum(runs)} steps of distillation, {words}")
         self.made.clear()
-        before = math.inf if runner.trial is None or runner.trial.likely_drop is None else runner.trial.likely_drop
-        is_spent = trial.likely_drop is None or trial.likely_drop >= before
-        return replace(runner, plan=plan, trial=trial, is_spent=is_spent)
+        before = None if runner.trial is None else runner.trial.likely_drop
+        is_spent = trial.likely_drop is None or (before is not None and trial.likely_drop >= before)
+        if not is_spent or runner.trial is None:  # else it goes on, if at all, from where it was
+            runner = replace(runner, plan=plan, trial=trial)
+        return replace(runner, is_spent=is_spent)
 
     def _with_runs(self, plan: CompressionPlan, runs: tuple[int, ...]) -> CompressionPlan:
         return serde.replace(plan, distillation=self._distillation(runs, plan.widths))
@@ -408,6 +419,7 @@ class _Stage:
             Run(
                 deadline=deadline,
                 checkpoint=self.judge.store.folder / f"distillation-{serde.sha256_record(plan)[:24]}.pt",
+                is_judged_later=True,
                 say=lambda message, done, total: self.say(f"distillation: {message}"),
             ),
         )
