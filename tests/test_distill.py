@@ -148,9 +148,11 @@ def test_a_checkpoint_of_another_run_is_not_taken(tmp_path: Path) -> None:
 
 def test_early_stopping_watches_the_held_back_inputs() -> None:
     teacher = network()
-    result = vinoopt.distill(teacher.clone(), teacher=teacher, data=IMAGES, steps=400, batch=16, threads=1)
+    result = vinoopt.distill(
+        teacher.clone(), teacher=teacher, data=IMAGES, steps=100, batch=16, threads=1, peak_rate=1e-9
+    )
     assert result.outcome.reason == "no better for a while"
-    assert result.outcome.steps < 400
+    assert result.outcome.steps < 100
     assert result.outcome.best_step == 0
     assert not result.is_better
 
@@ -388,13 +390,11 @@ def test_a_nearer_model_is_doubted_only_where_it_lost_more_decisions_than_chance
         ((1500,), 0.01),
         ((150,), 0.005),
         ((20,), 0.005),
-        ((150, 1200), 0.01),
-        ((1000, 1000), 0.004),
-        ((1000, 1000, 1000), 0.0016),
-        ((1000, 3000), 0.01),
+        ((150, 1200), 0.005),
+        ((150, 1200, 1000), 0.0025),
     ],
 )
-def test_short_runs_and_repeated_ones_go_more_slowly(runs: tuple[int, ...], rate: float) -> None:
+def test_short_runs_and_later_ones_go_more_slowly(runs: tuple[int, ...], rate: float) -> None:
     assert last_rate(DistillationPlan(runs=runs, peak_rate=0.01)) == pytest.approx(rate)
 
 

@@ -61,7 +61,7 @@ class TrainingSettings:
     inner_weight: float = 1.0
     """Of the errors inside the network beside those of its outputs."""
     patience: int = 6
-    """Looks at the held-back inputs without a new best before the run is ended early."""
+    """Looks at the held-back inputs that are no better than earlier ones before the run is ended early."""
     seed: int = 0
     threads: int | None = None
     """PyTorch's; None: as they are. Results are the same in every run with one."""
@@ -149,6 +149,8 @@ class Training:
     _held_loss: float = math.inf
     _agreement: float | None = None
     _running: float | None = None
+    _lowest_since: float = math.inf
+    """Of all looks behind the first one: what tells whether a run still gets better, from wherever it has been."""
     _stale: int = 0
     _spent: float = 0.0
     _looking: float = 0.0
@@ -258,7 +260,7 @@ class Training:
         return min(max(by_steps, (time.monotonic() - self._started) / whole), 1.0)
 
     def _is_stale(self) -> bool:
-        """Whether the rate has fallen far enough for a best state to come, and none has for a while."""
+        """Whether the rate has fallen far enough for looks to become better, and none has for a while."""
         return self._stale > self.settings.patience and self._share() > _PATIENT
 
     # ------------------------------------------------------------------ one step
@@ -349,8 +351,10 @@ class Training:
         self._agreement = sum(agreeing) / sum(sizes) if agreeing else None
         self._held_loss = loss = loss if math.isfinite(loss) else math.inf
         self._stale += 1
-        if not self._best or loss < self._best_loss - max(_LEAST_BETTER * self._best_loss, _TINY_LOSS):
-            self._best_loss, self._best_step, self._stale = loss, self._step, 0
+        if self._step and _is_below(loss, self._lowest_since):
+            self._lowest_since, self._stale = loss, 0
+        if not self._best or _is_below(loss, self._best_loss):
+            self._best_loss, self._best_step = loss, self._step
             self._best = [p.detach().clone() for p in self._parameters]
         self._looking += time.monotonic() - began
 
@@ -438,9 +442,15 @@ class Training:
 
 
 _NUMBERS = (
-    "_best_step", "_best_loss", "_first_loss", "_held_loss", "_agreement", "_running", "_stale", "_looking",
+    "_best_step", "_best_loss", "_first_loss", "_held_loss", "_lowest_since", "_agreement", "_running", "_stale",
+    "_looking",
 )  # fmt: skip
 """Of a run, kept in its checkpoint."""
+
+
+def _is_below(loss: float, best: float) -> bool:
+    """By more than the rounding of sums."""
+    return loss < best - max(_LEAST_BETTER * best, _TINY_LOSS) if math.isfinite(best) else loss < best
 
 
 def _rate(share: float, steps: int) -> float:
