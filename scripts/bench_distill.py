@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -131,6 +132,7 @@ def search(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]
         images = _unlabelled()
         data["calibration"] = images[: len(images) // batch * batch]
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["VINOOPT_CACHE_DIR"] = str(Path(folder) / "cache")  # nothing that an earlier run has learnt
         bundle = compiled(
             case,
             data,
