@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vinoopt.accuracy.metrics import Metric, find_metric, looks_like_classifier, metric_names
+from vinoopt.accuracy.metrics import Metric, find_metric, looks_like_classifier, metric_names, never_decides
 from vinoopt.errors import DataError, MetricError
 from vinoopt.records import TensorSpec
 
@@ -187,6 +187,7 @@ def test_two_silent_outputs_agree() -> None:
         ((LOGITS,), False, "agreement"),
         ((SQUEEZENET,), False, "agreement"),
         ((FEATURES,), False, "cosine"),
+        ((TensorSpec(name="wave", shape=(1, 1, 512), dtype="float32"),), False, "cosine"),
         ((LOGITS, FEATURES), False, "cosine"),
         ((VALUE,), False, "pooled_cosine"),
         ((TensorSpec(name="l", shape=("?", 10), dtype="float32"),), True, "top1"),
@@ -196,6 +197,17 @@ def test_auto_goes_by_labels_and_outputs(
     outputs: tuple[TensorSpec, ...], has_labels: bool, chosen: str
 ) -> None:
     assert find("auto", *outputs, has_labels=has_labels).name == chosen
+
+
+def test_outputs_whose_largest_is_always_the_same_are_no_decisions() -> None:
+    rng = np.random.default_rng(0)
+    calls = [{"logits": rng.normal(size=(2, 10))} for _ in range(30)]
+    landmarks = [{"logits": call["logits"] + 50 * (np.arange(10) == 7)} for call in calls]
+    agreement = find("agreement")
+    assert never_decides(agreement, landmarks)
+    assert not never_decides(agreement, calls)
+    assert not never_decides(agreement, landmarks[:5]), "too few to tell"
+    assert not never_decides(find("cosine"), landmarks)
 
 
 def test_a_classifier_among_several_outputs_is_found() -> None:

@@ -13,7 +13,7 @@ from openvino import opset13 as ops
 
 from vinoopt.accuracy.datasets import Dataset, from_arrays
 from vinoopt.accuracy.evaluate import Predictions, predict
-from vinoopt.accuracy.metrics import Metric
+from vinoopt.accuracy.metrics import Metric, find_metric
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.options import SearchOptions
@@ -314,15 +314,51 @@ def test_a_metric_of_another_strictness_is_another_metric(
     assert judge_of(model, reference, tmp_path, Ruler(), near=0.1).resume() == 0
 
 
-def test_probes_on_other_samples_are_other_probes(model: ov.Model, reference: Predictions, tmp_path: Path) -> None:
+def test_a_slow_model_is_probed_on_fewer_samples(model: ov.Model, reference: Predictions, tmp_path: Path) -> None:
     judge = judge_of(model, reference, tmp_path, ruler := Ruler())
+    judge.sample_s = 0.05
     judge.damage(INT8, lambda: judge.workshop.build(INT8))
-    slow = judge_of(model, reference, tmp_path, Ruler(unit=40.0))
+    assert ruler.run == [(INT8, 8)]
+
+
+def test_damages_are_shared_by_targets_of_any_speed_and_by_later_runs(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge = judge_of(model, reference, tmp_path, Ruler())
+    known = judge.damage(INT8, lambda: judge.workshop.build(INT8))
+    slow = judge_of(model, reference, tmp_path, ruler := Ruler(unit=40.0))
+    slow.sample_s = 0.05
     slow.judge_anchors({"float": [FLOAT]})
-    assert len(slow.probe_data) == 8
-    slow.damage(INT8, lambda: slow.workshop.build(INT8))
-    assert (INT8, 8) in slow.yardstick.run
-    assert ruler.run == [(INT8, len(DATA))]
+    assert slow.damage(INT8, lambda: slow.workshop.build(INT8)) == known
+    assert [plan for plan, _ in ruler.run] == [FLOAT]
+
+
+class TwoOutputs(Ruler):
+    """Computes `y` as it should be, and `aside` at random."""
+
+    def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
+        self.run.append((plan, len(data)))
+        return two_outputs(data, noise=1.0)
+
+
+def two_outputs(data: Dataset, *, noise: float) -> Predictions:
+    rng, found = np.random.default_rng(3), Predictions()
+    for sample in data:
+        y = sample["x"].reshape(1, -1)[:, :16]
+        found.append({"y": y, "aside": y + noise * rng.normal(size=(1, 16)).astype(np.float32)})
+    return found
+
+
+def test_only_outputs_that_are_judged_count_as_damage(model: ov.Model, tmp_path: Path) -> None:
+    outputs = [TensorSpec(name=name, shape=(1, 16), dtype="float32") for name in ("y", "aside")]
+    judge = judge_of(model, two_outputs(DATA, noise=0.0), tmp_path, ruler := TwoOutputs())
+    damages = []
+    for name, options in (("top1", {"output": "y"}), ("cosine", {"output": "y"}), ("cosine", {})):
+        judge.metric = find_metric(name, outputs=outputs, has_labels=True, options=options)
+        damages.append(judge.damage(INT8, lambda: model))
+    assert damages[:2] == [0.0, 0.0]
+    assert damages[2] > 0.1
+    assert len(ruler.run) == 3, "scores and values are compared in different ways, and kept apart"
 
 
 # --------------------------------------------------------------------------- accidents
@@ -332,6 +368,26 @@ def test_probes_on_other_samples_are_other_probes(model: ov.Model, reference: Pr
 def test_what_breaks_inside_nncf_is_a_failed_candidate(error: Exception) -> None:
     with pytest.raises(CompressionError, match="NNCF quantization failed"), _translated("quantization"):
         raise error
+
+
+class Brittle(Closeness):
+    """Breaks on outputs that are not the float model's."""
+
+    def statistic(self, outputs: Any, label: object, reference: Any) -> float:
+        if not np.array_equal(outputs["y"], reference["y"]):
+            raise IndexError("no box is left")
+        return 1.0
+
+
+def test_whatever_a_metric_raises_is_one_failed_candidate(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge = judge_of(model, reference, tmp_path, Ruler())
+    judge.metric = Brittle(near=1.0)
+    found = search(judge, options(), say=lambda text: None)
+    failed = [trial for trial in found.trials if trial.state is TrialState.FAILED]
+    assert failed and {trial.error for trial in failed} == {"IndexError: no box is left"}
+    assert [trial.plan.quantization for trial in found.candidates] == [None]
 
 
 def test_an_interrupt_of_the_search_keeps_its_trials(model: ov.Model, reference: Predictions, tmp_path: Path) -> None:

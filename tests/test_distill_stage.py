@@ -184,7 +184,7 @@ def test_what_is_slower_and_more_damaged_than_another_is_not_trained(tmp_path: P
 def test_what_was_trained_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = judge_in(tmp_path, max_drop=0.0)
     first = distill_beyond(judge, found_by(judge, {0.85: 6, 0.0: 4}), StageOptions(), say=lambda text: None)
-    assert len(first.trials) > 2
+    assert any(trial.plan.distillation is not None for trial in first.trials)
 
     def never(*arguments: Any) -> Any:
         raise DistillationError("trained again")

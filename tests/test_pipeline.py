@@ -158,13 +158,27 @@ def test_weights_that_were_changed_do_not_verify(bundle: Bundle, tmp_path: Path)
 
 def test_resume_repeats_no_trial(tmp_path: Path) -> None:
     first: list[Event] = []
-    compile_demo(tmp_path / "a", prune=False, on_event=first.append)
+    before = compile_demo(tmp_path / "a", prune=False, on_event=first.append)
     again: list[Event] = []
     bundle = compile_demo(tmp_path / "b", prune=False, resume=True, on_event=again.append)
     trials = [e for e in first if e.stage == "trial"]
     taken = next(e.message for e in again if "taken over" in e.message)
     assert taken == f"host:CPU: {len(trials)} finished trials taken over"
     assert bundle.manifest.trials == len(trials)
+    # A trial that was run again would have taken other seconds.
+    journals = [(each.path / "trials.jsonl").read_text(encoding="utf-8").splitlines() for each in (before, bundle)]
+    took = [[json.loads(line)["seconds"] for line in journal] for journal in journals]
+    assert took[0] == took[1]
+
+
+def test_inputs_of_one_class_are_judged_by_values(tmp_path: Path) -> None:
+    pictures, labels = images()
+    threes = {"images": pictures[labels == 3][:80]}
+    bundle = compile_demo(
+        tmp_path / "o", data=threes, labels=None, budget=AccuracyBudget(max_drop=0.05), prune=False
+    )
+    assert bundle.result("CPU").drop.metric == "cosine"
+    assert any("agreement says nothing" in m for m in bundle.manifest.messages)
 
 
 def test_without_labels_agreement_is_judged_and_said(tmp_path: Path) -> None:

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 
+from vinoopt.accuracy.datasets import Dataset, from_arrays
+from vinoopt.accuracy.evaluate import Predictions
+from vinoopt.accuracy.metrics import find_metric
+from vinoopt.compression.judge import Judge
 from vinoopt.compression.search import SearchResult
-from vinoopt.records import CompressionPlan, Evidence, Measurement, QuantizationPlan, Trial, TrialState
-from vinoopt.selection import float_blocks, trial_line
+from vinoopt.records import (
+    AccuracyBudget,
+    CompressionPlan,
+    Device,
+    DeviceSpec,
+    Evidence,
+    Measurement,
+    Precision,
+    QuantizationPlan,
+    Target,
+    TensorSpec,
+    Trial,
+    TrialState,
+)
+from vinoopt.selection import PLAIN_INT8, Choice, TestPart, choose, float_blocks, trial_line
+from vinoopt.yardsticks import TargetYardstick
+from vinoopt.yardsticks.modelled import ModelledBench
 
 FOUND = SearchResult(
     trials=(),
@@ -56,3 +80,131 @@ def test_a_trial_tells_what_was_seen_and_what_is_expected() -> None:
     timed = Measurement(name="int8", device="CPU", evidence=Evidence.MEASURED, latency_p50_ms=2.0)
     slower = trial(state=TrialState.SLOWER, latency=timed)
     assert trial_line(slower) == "#3 int8: not faster than what is known, so not judged: 2 ms (measured)"
+
+
+# --------------------------------------------------------------------------- what is chosen
+
+SAMPLES = 1000
+SCORES = TensorSpec(name="y", shape=(1, 2), dtype="float32")
+PICTURE = TensorSpec(name="x", shape=(1, 1), dtype="float32")
+FLOAT, INT8 = CompressionPlan(), CompressionPlan(quantization=QuantizationPlan())
+
+
+def mixed(*floats: str) -> CompressionPlan:
+    return CompressionPlan(quantization=QuantizationPlan(float_layers=floats))
+
+
+@dataclass(kw_only=True)
+class World:
+    """A target with made-up plans: what each takes in milliseconds, and loses of top-1 on either part."""
+
+    plans: Mapping[CompressionPlan, tuple[float, float, float]]
+    judged: list[CompressionPlan] = field(default_factory=list)
+    """On the test part."""
+
+    target = Target(profile="made-up", device=Device.CPU)
+    spec = cast(DeviceSpec, SimpleNamespace(kind=Device.CPU))
+    float_precisions = (Precision.F32,)
+    arithmetic, notes = "made up", ()
+
+    def predict(self, plan: CompressionPlan, model: object, data: Dataset) -> Predictions:
+        self.judged.append(plan)
+        return decisions(self.plans[plan][2])
+
+    def compare(self, candidates: Mapping[str, tuple[CompressionPlan, object, object]]) -> ModelledBench:
+        times = {name: self.plans[plan][0] for name, (plan, *_) in candidates.items()}
+        return ModelledBench(measurements=tuple(timed(name, ms) for name, ms in times.items()))
+
+    def check(self, plan: CompressionPlan, model: object) -> None:
+        pass
+
+    def chosen(self, **options: bool) -> Choice:
+        """What comes out of a search that has judged all plans."""
+        labels = np.ones(SAMPLES, np.int64)
+        dataset = from_arrays(np.zeros((SAMPLES, 1), np.float32), inputs=(PICTURE,), labels=labels)
+        trials = [self._trial(number, plan) for number, plan in enumerate(self.plans)]
+        judge = SimpleNamespace(
+            workshop=SimpleNamespace(build=lambda plan: plan, ignored=()),
+            metric=find_metric("top1", outputs=(SCORES,), has_labels=True),
+            budget=AccuracyBudget(metric="top1", max_drop=0.01),
+            data=dataset,
+            seed=0,
+        )
+        return choose(
+            cast(Judge, judge),
+            cast(TargetYardstick, self),
+            SearchResult(trials=tuple(trials), damages={}, gains_us={}, reasons=()),
+            TestPart(data=dataset, reference=decisions(0.0)),
+            say=lambda text: None,
+            **options,
+        )
+
+    def _trial(self, number: int, plan: CompressionPlan) -> Trial:
+        ms, drop, _ = self.plans[plan]
+        state = TrialState.COMPLETE if drop <= 0.01 else TrialState.OVER_BUDGET
+        note = PLAIN_INT8 if plan == INT8 else ""
+        return Trial(
+            number=number, plan=plan, state=state, target=str(self.target), drop=drop, expected_drop=drop,
+            latency=timed("", ms), note=note,
+        )  # fmt: skip
+
+
+def timed(name: str, ms: float) -> Measurement:
+    return Measurement(name=name, device="none", evidence=Evidence.MODELLED, latency_p50_ms=ms)
+
+
+def decisions(drop: float) -> Predictions:
+    """Outputs for samples of class 1, of which a share is taken for class 0."""
+    wrong = round(drop * SAMPLES)
+    found = Predictions()
+    for number in range(SAMPLES):
+        found.append({"y": np.array([[number < wrong, number >= wrong]], np.float32)})
+    return found
+
+
+FAST, SAFE, TWIN = mixed("a"), mixed("a", "b"), mixed("c")
+
+
+@pytest.mark.parametrize("options", [{}, {"is_late": True}], ids=["in time", "late"])
+def test_what_the_test_part_refuses_gives_way_to_a_safer_candidate(options: dict[str, bool]) -> None:
+    plans = {FLOAT: (4.0, 0.0, 0.0), INT8: (1.0, 0.03, 0.03), FAST: (1.5, 0.009, 0.02), SAFE: (2.0, 0.004, 0.006)}
+    choice = World(plans=plans).chosen(**options)
+    assert choice.plan == SAFE
+    assert choice.budget_met
+    assert choice.drop.value == pytest.approx(0.006)
+    assert any("stepped back along the frontier" in reason for reason in choice.reasons)
+
+
+def test_one_of_the_same_kind_is_not_asked_about_until_chance_lets_it_pass() -> None:
+    plans = {FLOAT: (4.0, 0.0, 0.0), FAST: (1.5, 0.008, 0.02), TWIN: (1.6, 0.009, 0.0), SAFE: (2.0, 0.004, 0.006)}
+    world = World(plans=plans)
+    assert world.chosen().plan == SAFE
+    assert TWIN not in world.judged
+
+
+def test_plain_int8_takes_the_place_of_a_candidate_that_is_slower() -> None:
+    plans = {FLOAT: (4.0, 0.0, 0.0), INT8: (1.0, 0.012, 0.002), FAST: (1.5, 0.004, 0.004)}
+    choice = World(plans=plans).chosen()
+    assert choice.plan == INT8, "0.7% over both parts together"
+    assert any("was not faster than int8" in reason for reason in choice.reasons)
+
+
+def test_plain_int8_that_one_part_lets_pass_by_chance_does_not() -> None:
+    plans = {FLOAT: (4.0, 0.0, 0.0), INT8: (1.0, 0.018, 0.009), FAST: (1.5, 0.004, 0.004)}
+    assert World(plans=plans).chosen().plan == FAST
+
+
+def test_float_is_the_result_where_it_is_fastest_and_nothing_was_over_budget() -> None:
+    plans = {FLOAT: (1.0, 0.0, 0.0), INT8: (2.0, 0.0, 0.0), FAST: (1.5, 0.0, 0.0)}
+    world = World(plans=plans)
+    choice = world.chosen()
+    assert choice.plan == FLOAT
+    assert choice.budget_met
+    assert len(set(world.judged)) <= 3, "one that is inside is enough to know"
+
+
+def test_float_is_the_last_resort_where_all_others_are_over_budget() -> None:
+    plans = {FLOAT: (4.0, 0.0, 0.0), INT8: (1.0, 0.03, 0.03), FAST: (1.5, 0.009, 0.02)}
+    choice = World(plans=plans).chosen()
+    assert choice.plan == FLOAT
+    assert not choice.budget_met

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from vinoopt import bundle as bundles
 from vinoopt.accuracy.datasets import Dataset, Splits, from_arrays, load_dataset, split
 from vinoopt.accuracy.evaluate import Predictions, check_fit, predict, score
-from vinoopt.accuracy.metrics import SQNR_CEILING_DB, Metric, find_metric
+from vinoopt.accuracy.metrics import SQNR_CEILING_DB, Metric, find_metric, never_decides
 from vinoopt.alarm import make_interrupts_safe
 from vinoopt.bench.memory import peak_bytes
 from vinoopt.bundle import Bundle
@@ -338,6 +338,12 @@ def _search_all(
     between = time.monotonic()
     test_reference = _reference(source, splits.test)
     pace = (between - before, time.monotonic() - between)
+    is_open = handed.metric is None and request.budget.metric == "auto"
+    if is_open and never_decides(metric, search_reference):
+        words = f"the largest output is the same one on all samples, so {metric.name} says nothing: judged by cosine"
+        metric = find_metric("cosine", outputs=source.outputs, has_labels=False, options=request.metric_options)
+        messages.append(words)
+        say(Event(stage="data", message=words))
     for part, reference, title in (
         (splits.search, search_reference, "search"),
         (splits.test, test_reference, "test"),
@@ -642,6 +648,7 @@ def _choose_for(
         seed=material.request.seed,
         store=material.store,
         shared=material.shared,
+        sample_s=material.facts.sample_s,
         spec=yardstick.spec,
         on_trial=lambda trial: material.say(Event(stage="trial", message=trial_line(trial))),
         forecast=material.forecast,

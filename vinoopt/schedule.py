@@ -123,8 +123,7 @@ def announce(forecast: Forecast, facts: Facts, *, targets: int) -> None:
     stages = expected_seconds(facts)
     for name, seconds in stages.items():
         forecast.expect(name, seconds, is_cut=name != "choose")
-    if targets > 1:
-        forecast.expect("further targets", (targets - 1) * sum(stages.values()), is_cut=False)
+    forecast.expect("further targets", (targets - 1) * sum(stages.values()), is_cut=False)
     if facts.is_tuned:
         forecast.expect("tune", 2 * TUNING_S, is_cut=False)
     forecast.expect("write", _WRITING_S + 2 * facts.overhead_s, is_cut=False)

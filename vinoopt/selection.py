@@ -173,12 +173,18 @@ class _Selection:
         return [names[m.name] for m in order] + rest
 
     def first_inside(self) -> CompressionPlan:
-        """The fastest candidate that is not outside the budget on the test part; at last the float model."""
+        """The fastest candidate that is not outside the budget on the test part; at last the float model.
+
+        Behind one that was refused only safer ones are asked about, by their drop on the search part: the next of its
+        kind might pass by chance.
+        """
         refused: list[Trial] = []
         found = self.float_plan
         for trial in self.ranked():
-            if trial.plan == self.float_plan:
+            if trial.plan == self.float_plan or (self.is_late and len(refused) >= _SHORTLIST):
                 break
+            if refused and _likely(trial) >= min(map(_likely, refused)):
+                continue
             self.say(f"{trial.plan.title} on the test part")
             try:
                 drop = self.drop_of(trial.plan)
@@ -273,27 +279,37 @@ class _Selection:
         return mine is not None and its is not None and mine < _SMALLER * its
 
     def _is_inside(self, plan: CompressionPlan) -> bool:
+        """Whether the test part lets it pass, and, where the search part did not, both parts together do."""
         if plan == self.float_plan:
             return True
         try:
-            return self.drop_of(plan).verdict is not Verdict.OUTSIDE
+            drop = self.drop_of(plan)
         except CANDIDATE_ERRORS:
             return False
+        trial = next((t for t in self.found.trials if t.plan == plan and t.drop is not None), None)
+        if trial is None or trial.drop is None or trial.state is not TrialState.OVER_BUDGET:
+            return drop.verdict is not Verdict.OUTSIDE
+        searched = self.judge.data.samples
+        together = (searched * trial.drop + drop.samples * drop.value) / (searched + drop.samples)
+        return drop.verdict is not Verdict.OUTSIDE and together <= self.judge.budget.max_drop
 
     def is_float_by_right(self) -> bool:
         """Whether the float model won for another reason than that all compressed ones were over budget.
 
-        A candidate that the target refused, or that was slower, was not over budget.
+        A candidate that the target refused, or that was slower, was not over budget. Late, nothing more is run.
         """
-        within = {True: 0, False: 0}
+        is_over = False
         for trial in self._compressed():
-            if self._refused.get(serde.sha256_record(trial.plan), False):
+            key = serde.sha256_record(trial.plan)
+            if self._refused.get(key, False):
                 continue
             if trial.state is TrialState.OVER_BUDGET:
-                within[False] += 1
-            elif trial.state is TrialState.COMPLETE:
-                within[self._is_inside(trial.plan)] += 1
-        return within[True] > 0 or within[False] == 0
+                is_over = True
+            elif trial.state is TrialState.COMPLETE and (key in self._drops or not self.is_late):
+                if self._is_inside(trial.plan):
+                    return True
+                is_over = True
+        return not is_over
 
     def words_about_failures(self) -> list[str]:
         """Why compressed candidates are missing where the float model is the result."""
@@ -308,6 +324,11 @@ class _Selection:
 
     def _compressed(self) -> list[Trial]:
         return [t for t in self.found.trials if t.plan.quantization or t.plan.weights or t.plan.widths]
+
+
+def _likely(trial: Trial) -> float:
+    """The drop to expect; infinite where it is not known."""
+    return math.inf if trial.likely_drop is None else trial.likely_drop
 
 
 def float_blocks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, runtime_checkable
@@ -333,10 +333,22 @@ def metric_names() -> tuple[str, ...]:
     return tuple(sorted({"auto", *_FACTORIES, *(point.name for point in _plug_ins())}))
 
 
+_LEAST_DECISIONS = 20
+"""Calls from which on it is no chance that one class wins in all of them."""
+
+
 def looks_like_classifier(spec: TensorSpec) -> bool:
     """Whether an output is [B, C] or [B, C, 1, 1] with C of at least 2."""
     sizes = [size for size in spec.shape[1:] if size != 1]
     return len(spec.shape) >= 2 and len(sizes) == 1 and isinstance(sizes[0], int) and sizes[0] >= 2
+
+
+def _holds_scores(spec: TensorSpec) -> bool:
+    """Whether scores of classes are what an output of this shape usually holds: [B, C] or [B, C, 1, 1].
+
+    One of [B, 1, N] is rather a signal, or a row of coordinates.
+    """
+    return looks_like_classifier(spec) and spec.shape[1] != 1
 
 
 def _is_single_value(spec: TensorSpec) -> bool:
@@ -345,14 +357,36 @@ def _is_single_value(spec: TensorSpec) -> bool:
 
 def _automatic(outputs: Sequence[TensorSpec], has_labels: bool, options: Mapping[str, Any]) -> str:
     judged = [spec for spec in outputs if options.get("output") in (None, spec.name)]
-    if len(judged) == 1 and looks_like_classifier(judged[0]):
-        return "top1" if has_labels else "agreement"
+    if len(judged) == 1 and looks_like_classifier(judged[0]) and has_labels:
+        return "top1"
+    if len(judged) == 1 and _holds_scores(judged[0]) and not has_labels:
+        return "agreement"
     if has_labels:
         raise MetricError(
             f"no output looks like a classifier's ({_listed(outputs)}), so what the labels mean is not known; "
             "name a metric (--metric map for boxes), or leave the labels out to compare with the float model"
         )
     return "pooled_cosine" if judged and all(map(_is_single_value, judged)) else "cosine"
+
+
+def judged_outputs(metric: Metric) -> tuple[str, ...] | None:
+    """Names of the outputs that a metric of this package looks at; None where it looks at all, or is another's."""
+    if isinstance(metric, TopK | Agreement):
+        return (metric.output,)
+    return metric.outputs if isinstance(metric, Cosine | MeanSquaredError | _Pooled) else None
+
+
+def never_decides(metric: Metric, reference: Iterable[Outputs]) -> bool:
+    """Whether `agreement` would compare nothing: the float model's largest value is at one place on all samples.
+
+    So it is where the outputs are coordinates, say, and no class scores. `reference`: the float model's outputs, one
+    mapping per call.
+    """
+    if not isinstance(metric, Agreement):
+        return False
+    scores = (call[metric.output] for call in reference)
+    places = [np.argmax(each.reshape(len(each), -1), axis=1) for each in scores]
+    return len(places) >= _LEAST_DECISIONS and len(np.unique(np.concatenate(places))) == 1
 
 
 def _listed(outputs: Sequence[TensorSpec]) -> str:

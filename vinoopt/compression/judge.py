@@ -15,11 +15,11 @@ import openvino as ov
 from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, Scores, paired_drop, score
-from vinoopt.accuracy.metrics import Metric
+from vinoopt.accuracy.metrics import Metric, judged_outputs
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.gate import expected_drop
 from vinoopt.compression.sensitivity import divergence
-from vinoopt.errors import CompressionError, DeviceError, MetricError, PlanError, ToolchainError
+from vinoopt.errors import VinooptError
 from vinoopt.forecast import Forecast
 from vinoopt.records import (
     AccuracyBudget,
@@ -41,7 +41,7 @@ TABLES = "tables.jsonl"
 PROBE_SAMPLES = (8, 16, 32, 64, 128)
 """Held-back samples that a damage probe may run: enough for a KL or a relative error to rank."""
 PROBE_MS = 400.0
-"""What the slowest model may take for them."""
+"""What the float model may take for them."""
 _AS_FAST = 1.02
 """Times taken at different moments of a search are not told apart below this ratio."""
 OF_VALUES = frozenset({"cosine", "pooled_cosine", "sqnr", "mse"})
@@ -49,8 +49,9 @@ OF_VALUES = frozenset({"cosine", "pooled_cosine", "sqnr", "mse"})
 
 _TIMED = (Evidence.MEASURED, Evidence.EMULATED)
 
-CANDIDATE_ERRORS = (CompressionError, DeviceError, PlanError, ToolchainError, MetricError)
-"""What may go wrong with one candidate without ending the search; a bug in this package ends it."""
+CANDIDATE_ERRORS = (Exception,)
+"""What may go wrong with one candidate without ending the search: whatever OpenVINO, NNCF, a compiler or a user's
+metric raise. An hour of work is not to be lost for one of its trials; each keeps its error."""
 
 
 class Yardstick(Protocol):
@@ -133,6 +134,8 @@ class Judge:
     store: Store
     shared: Shared = field(default_factory=Shared)
     """One for all targets of a run."""
+    sample_s: float = 0.0
+    """Inference of one sample in float on this machine."""
     spec: DeviceSpec | None = None
     """The target's figures, which what is kept of it depends on."""
     on_trial: Callable[[Trial], None] = lambda trial: None
@@ -341,24 +344,28 @@ class Judge:
     def damage(
         self, plan: CompressionPlan, make: Callable[[], ov.Model], *, is_shared: bool = False, kind: str = ""
     ) -> float:
-        """Divergence of a model from the float reference on a few samples of the search part; kept by plan.
+        """Divergence from the float reference on a few samples of the search part; kept by plan.
 
-        Targets that quantize and compute alike share it. `is_shared` says that it is the same for every target;
-        `kind` tells apart models made in different ways from one plan.
+        Only outputs that the metric looks at count. Targets that quantize and compute alike share it. `is_shared`
+        says that it is the same for every target; `kind` tells apart models made in different ways from one plan.
         """
         where = "" if is_shared else f"{self.workshop.device} {self.yardstick.arithmetic}"
+        are_scores = self.metric.name not in OF_VALUES
+        names = judged_outputs(self.metric) or tuple(self.reference[0])
 
         def probe() -> float:
             started = time.monotonic()
-            reference = [self.reference[i] for i in range(len(sample))]
+            calls = (self.reference[i] for i in range(len(sample)))
+            reference = [{name: call[name] for name in names} for call in calls]
             outputs = list(self.yardstick.predict(plan, make(), sample))
-            found = divergence(reference, outputs, are_scores=self.metric.name not in OF_VALUES)
+            found = divergence(reference, outputs, are_scores=are_scores)
             self.spent.probe_s = time.monotonic() - started
             return found
 
         sample = self.probe_data
         try:
-            return self._tables().once(f"damage {kind} {where} {len(sample)} {_key(plan)}", probe)
+            of = digest("scores" if are_scores else "values", *names)[:12]
+            return self._tables().once(f"damage {of} {kind} {where} {len(sample)} {_key(plan)}", probe)
         except CANDIDATE_ERRORS:
             return math.inf  # a choice that cannot be built or run is never taken; the next run tries it again
 
@@ -381,11 +388,17 @@ class Judge:
 
     @property
     def probe_data(self) -> Dataset:
-        """The samples that damage probes run: fewer for a model that is slow."""
+        """The samples that damage probes run, on this machine: fewer for a model that is slow.
+
+        As many for every target, and in later runs, so that what was learnt is shared.
+        """
         if self._probe_data is None:
-            timed = [t.latency.latency_p50_ms for t in self.trials if t.latency is not None]
-            slowest = max(timed, default=0.0)
-            count = max((n for n in PROBE_SAMPLES if n * slowest <= PROBE_MS), default=PROBE_SAMPLES[0])
+
+            def fitting() -> int:
+                sample_ms = 1e3 * self.sample_s
+                return max((n for n in PROBE_SAMPLES if n * sample_ms <= PROBE_MS), default=PROBE_SAMPLES[0])
+
+            count = int(self.store.json("probe-samples", fitting))
             self._probe_data = self.data.subset(range(min(count, len(self.data))))
         return self._probe_data
 
@@ -415,8 +428,11 @@ def _identity(metric: Metric) -> str:
 
 
 def first_line(exc: Exception) -> str:
-    """What an error says in one line; its kind where it says nothing."""
-    return (str(exc).splitlines() or [type(exc).__name__])[0]
+    """What an error says in one line; with its kind where it is none of this package's or says nothing."""
+    kind, lines = type(exc).__name__, str(exc).strip().splitlines()
+    if not lines:
+        return kind
+    return lines[0] if isinstance(exc, VinooptError) else f"{kind}: {lines[0]}"
 
 
 def _key(plan: CompressionPlan) -> str:

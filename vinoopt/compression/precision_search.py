@@ -16,7 +16,7 @@ from vinoopt.compression.options import ROUNDS, SearchOptions
 from vinoopt.compression.precision import find_blocks
 from vinoopt.compression.refusal import find_refused
 from vinoopt.compression.sensitivity import block_damages
-from vinoopt.errors import ToolchainRefused
+from vinoopt.errors import DeviceError, ToolchainRefused
 from vinoopt.records import CompressionPlan, Precision, Preset, QuantizationPlan, Trial, TrialState
 
 _MOST_REFUSED = 4
@@ -137,7 +137,7 @@ class _Run:
             plan = _with_floats(whole, floats)
             try:
                 self.judge.yardstick.measure(plan, self.judge.workshop.build(plan))
-            except ToolchainRefused:
+            except (ToolchainRefused, DeviceError):  # by a compiler that is apart, or by the plugin of a device here
                 return False
             return True
 
@@ -229,7 +229,10 @@ class _Run:
             self._expect(0.0, trials=math.ceil(math.log2(high - low)))
             floats = _floats_of(points[middle])
             trial = self._judge_floats(whole, floats, f"frontier point {middle + 1} of {len(points)}")
-            if trial.state in (TrialState.COMPLETE, TrialState.SLOWER):
+            if trial.state is TrialState.FAILED:  # which says nothing about its neighbours
+                del points[middle]
+                high -= 1
+            elif trial.state in (TrialState.COMPLETE, TrialState.SLOWER):
                 low, best = middle, trial if trial.state is TrialState.COMPLETE else best
             else:
                 high = middle

@@ -40,7 +40,8 @@ RUNG_SHARES = (0.25, 0.4, 1.0)
 """Of the time that is left then, for each round of runs; a round of one candidate gets all of it."""
 BUILDING_SHARE = 0.2
 """Of the stage's time, after which no further candidate is built."""
-_LEAST_STEPS, _STEP_QUANTUM = 50, 50
+_LEAST_STEPS, _MOST_STEPS, _STEP_QUANTUM = 50, 3000, 50
+"""Of one run: what it takes longer is better spent on a second one, which begins with a lower rate, or on others."""
 _JUDGING_S = 10.0
 """Kept free at the end of a time limit where nothing is known yet of what a judgement takes."""
 _SPARE = 1.3
@@ -87,8 +88,15 @@ class _Runner:
 
     @property
     def is_open(self) -> bool:
-        """Whether a run, or a longer one, may bring it into the budget."""
-        return not self.is_inside and (self.trial is None or self.trial.drop is not None)
+        """Whether it can be trained at all, as far as is known."""
+        return self.trial is None or self.trial.drop is not None
+
+    def is_safe(self, max_drop: float) -> bool:
+        """Whether it is inside the budget so clearly that the test part will hardly refuse it."""
+        if not self.is_inside or self.trial is None or self.trial.likely_drop is None:
+            return False
+        is_proven = self.trial.drop_high is not None and self.trial.drop_high <= max_drop
+        return is_proven or self.trial.likely_drop <= max_drop / 2
 
     @property
     def promise(self) -> tuple[bool, float, float]:
@@ -214,11 +222,11 @@ class _Stage:
                 runners[runners.index(runner)] = self._trained(runner, steps)
             count = math.ceil(len(chosen) / 2)
 
-    @staticmethod
-    def _open(runners: Sequence[_Runner], *, only_fresh: bool) -> list[_Runner]:
-        """What is worth a run: nothing slower than what is inside already; the most promising first."""
-        inside = min((r.latency_ms for r in runners if r.is_inside), default=math.inf)
-        found = [r for r in runners if r.is_open and r.latency_ms < inside and not (only_fresh and r.is_spent)]
+    def _open(self, runners: Sequence[_Runner], *, only_fresh: bool) -> list[_Runner]:
+        """What is worth a run: nothing slower than what is safely inside already; the most promising first."""
+        safe = [runner for runner in runners if runner.is_safe(self.judge.budget.max_drop)]
+        least = min((runner.latency_ms for runner in safe), default=math.inf)
+        found = [r for r in runners if r.is_open and r.latency_ms < least and not (only_fresh and r.is_spent)]
         return sorted(found, key=lambda r: r.promise)
 
     def _planned(self, chosen: list[_Runner], number: int) -> tuple[list[_Runner], int]:
@@ -251,7 +259,7 @@ class _Stage:
         if self.cost is None:
             return 0
         steps_s = seconds - self.cost.setup_s - self._judging_s()
-        return int(steps_s / self.cost.step_s) // _STEP_QUANTUM * _STEP_QUANTUM
+        return min(int(steps_s / self.cost.step_s), _MOST_STEPS) // _STEP_QUANTUM * _STEP_QUANTUM
 
     def _run_s(self, steps: int) -> float:
         """Seconds of a run, without its judgement."""
