@@ -151,7 +151,7 @@ def test_faster_candidates_are_trained_in_rounds_and_may_win(tmp_path: Path) -> 
         runs = trial.plan.distillation.runs if trial.plan.distillation else ()
         before = next(t for t in trained if t.plan.distillation and t.plan.distillation.runs == runs[:-1]
                       and t.plan.widths == trial.plan.widths)
-        assert before.state is TrialState.OVER_BUDGET
+        assert before.drop_high is not None and before.drop_high > 0.1, "it was not safely inside"
         assert trial.drop is not None and before.drop is not None and trial.drop < before.drop + 0.02
     rounds = [line for line in said if line.startswith("round ")]
     assert rounds[0].startswith(f"round 1: {len(kept)} candidates"), "as many as there is time for"

@@ -1,8 +1,9 @@
-"""Ctrl-C and time limits at every stage of a run: a valid bundle, or nothing."""
+"""Ctrl-C, time limits, and targets that come to nothing, at every stage of a run: a valid bundle, or nothing."""
 
 from __future__ import annotations
 
 import math
+import platform
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from onnx import numpy_helper, parser
 import vinoopt
 from vinoopt.bundle import damaged_files
 from vinoopt.cli.main import INTERRUPTED, main
+from vinoopt.errors import ToolchainError
 from vinoopt.records import Event
+from vinoopt.yardsticks import EmulatedCpuYardstick
 
 MODEL = """<ir_version: 8, opset_import: ["": 17]>
 g (float[1,3,8,8] x) => (float[1,10] y) {
@@ -81,6 +84,27 @@ def test_a_search_stopped_at_a_part_of_its_time_is_inside_the_budget(model: Path
     assert result.drop is not None
     assert result.drop.value <= bundle.manifest.request.budget.max_drop
     assert set(bundle.manifest.stages_s) >= {"anchors", "choose"}
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="emulates an x86 CPU")
+@pytest.mark.parametrize("late", ["compare", "replay_on"])
+def test_a_target_that_comes_to_nothing_leaves_the_others(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    def gone(*arguments: object) -> None:
+        raise ToolchainError("the compiler is gone")
+
+    monkeypatch.setattr(EmulatedCpuYardstick, late, gone)
+    np.save(tmp_path / "x.npy", DATA)
+    words = ["--target", "skylake:CPU", "--target", "host:CPU", "--effort", "fast", "--no-prune", "--quiet"]
+    place = tmp_path / "o"
+    assert main(["compile", str(model), "--data", str(tmp_path / "x.npy"), "-o", str(place), *words]) == 1
+    bundle = vinoopt.open_bundle(place)
+    assert [str(result.target) for result in bundle.manifest.targets] == ["host:CPU"]
+    assert damaged_files(bundle) == ()
+    assert not (place / "skylake-cpu").exists()
+    (told,) = [m for m in bundle.manifest.messages if "no result" in m]
+    assert told == "skylake:CPU: no result: the compiler is gone"
 
 
 def test_the_command_line_says_that_it_was_interrupted(

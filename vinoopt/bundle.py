@@ -271,6 +271,11 @@ def write_target(folder: Path, slug: str, model: ov.Model, properties: RuntimePr
     return place / "model.xml"
 
 
+def remove_target(folder: Path, slug: str) -> None:
+    """Take a target's folder out again, where there is one."""
+    shutil.rmtree(folder / slug, ignore_errors=True)
+
+
 def write_properties(folder: Path, slug: str, properties: RuntimeProperties) -> None:
     """Put the properties that a target is to be run with beside its IR; others that lie there are replaced."""
     text = json.dumps(properties.as_dict(), indent=2) + "\n"

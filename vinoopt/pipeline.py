@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ from vinoopt.bench.memory import peak_bytes
 from vinoopt.bundle import Bundle
 from vinoopt.compiler import yardstick_for
 from vinoopt.compression.build import Workshop
-from vinoopt.compression.judge import Judge, Shared
+from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge, Shared, first_line
 from vinoopt.compression.options import DISTILL, EFFORTS, without_training
 from vinoopt.compression.scope import resolve_ignored
 from vinoopt.compression.search import SearchOptions, search
 from vinoopt.compression.widths import refit_calls
 from vinoopt.compression.workload import refit_workload
 from vinoopt.distillation.needs import require_torch
-from vinoopt.distillation.stage import StageOptions, distill_beyond
+from vinoopt.distillation.stage import STAGE_S, StageOptions, distill_beyond
 from vinoopt.errors import DataError, DeviceError, InputError, MetricError, ToolchainError
 from vinoopt.fleet import Line, connected
 from vinoopt.forecast import Forecast
@@ -154,6 +154,9 @@ def compile(
     float model on the search and test parts come before it and are not cut short; a search keeps 40% of
     the limit in any case. So a limit below about twice those stages is overrun. What the search has when its
     time is up is used, at the least the float model.
+
+    A target of several that comes to nothing late (its compiler crashes on the result, a worker is lost) does not
+    take the others with it: the bundle holds those that are left, and its messages say what happened.
 
     An interrupt (Ctrl-C) during the search, the choice or the tuning keeps the best so far and still writes the
     bundle; `bundle.manifest.interrupted` is then set. A second one, or one at any other stage, passes through, and
@@ -363,17 +366,58 @@ def _search_all(
         forecast=clock.forecast,
         facts=_facts(request, source, splits, yardsticks[0], pace=pace, is_tuned=clock.is_tuned),
     )
-    announce(clock.forecast, material.facts, targets=len(yardsticks))
+    _announce(material, targets=len(yardsticks))
     choices: list[Choice] = []
+    failures = _Failures(say=say, stage="search")
     for number, yardstick in enumerate(yardsticks):
         deadlines = _deadlines(material, clock.started, targets=len(yardsticks) - number)
         options = _search_options(material, yardstick.spec, ignored, deadlines)
         if any(choice.interrupted for choice in choices):
             options = replace(options, quantize=False, prune=False)
         if number:
-            announce(clock.forecast, material.facts, targets=len(yardsticks) - number)
-        choices.append(_choose_for(material, yardstick, options=options, resume=resume))
-    return material, choices
+            _announce(material, targets=len(yardsticks) - number)
+        with failures.of(yardstick.target):
+            choices.append(_choose_for(material, yardstick, options=options, resume=resume))
+    failures.check(choices)
+    return replace(material, messages=(*material.messages, *failures.told)), choices
+
+
+def _announce(material: Material, *, targets: int) -> None:
+    """Tell the forecast what the targets that are left will take."""
+    request = material.request
+    training_s = 0.0
+    if request.effort == DISTILL:
+        limit = request.time_limit_s
+        training_s = STAGE_S if limit is None else (1 - SEARCH_SHARE) * limit / len(request.targets)
+    announce(material.forecast, material.facts, targets=targets, training_s=training_s)
+
+
+@dataclass(kw_only=True)
+class _Failures:
+    """Targets that come to nothing, late: the others' results are not to be lost for them."""
+
+    say: Listener
+    stage: str
+    found: dict[Target, Exception] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, target: Target) -> Iterator[None]:
+        """What is raised inside is this target's failure."""
+        try:
+            yield
+        except CANDIDATE_ERRORS as exc:
+            self.found[target] = exc
+            self.say(Event(stage=self.stage, message=f"{target}: no result: {first_line(exc)}"))
+
+    def check(self, left: Sequence[Choice]) -> None:
+        """Raises the first failure where no target is left."""
+        if not left:
+            raise next(iter(self.found.values()))
+
+    @property
+    def told(self) -> list[str]:
+        """A sentence for each."""
+        return [f"{target}: no result: {first_line(exc)}" for target, exc in self.found.items()]
 
 
 def _facts(
@@ -747,19 +791,30 @@ def _write(
     golden = [dict(splits.test[i]) for i in range(min(GOLDEN_SAMPLES, len(splits.test)))]
     outputs: dict[str, list[list[Array]]] = {}
     tolerances: dict[str, float] = {}
-    results: list[TargetResult] = []
+    results: dict[Target, TargetResult] = {}
+    failures = _Failures(say=material.say, stage="write")
     with bundles.writing(place) as folder:
         for choice in choices:
-            slug = choice.yardstick.target.slug
-            ir = bundles.write_target(folder, slug, choice.model, choice.properties)
-            build = choice.yardstick.compile(ir, choice.properties, ir.with_name("model.blob"))
-            bundles.write_properties(folder, slug, build.properties)
-            outputs[slug] = choice.yardstick.golden_outputs(ir, build.properties, golden)
-            tolerances[slug] = bundles.tolerance_of(choice.plan)
-            results.append(_result(choice, build))
+            target = choice.yardstick.target
+            with failures.of(target):
+                ir = bundles.write_target(folder, target.slug, choice.model, choice.properties)
+                build = choice.yardstick.compile(ir, choice.properties, ir.with_name("model.blob"))
+                bundles.write_properties(folder, target.slug, build.properties)
+                outputs[target.slug] = choice.yardstick.golden_outputs(ir, build.properties, golden)
+                tolerances[target.slug] = bundles.tolerance_of(choice.plan)
+                results[target] = _result(choice, build)
         bundles.write_golden(folder, golden, outputs, tolerances)
-        for choice, result in zip(choices, results, strict=True):
-            _check_replay(folder, choice.yardstick, result)
+        for choice in choices:
+            if (target := choice.yardstick.target) in results:
+                with failures.of(target):
+                    _check_replay(folder, choice.yardstick, results[target])
+        choices = [choice for choice in choices if choice.yardstick.target not in failures.found]
+        failures.check(choices)
+        for target in failures.found:
+            bundles.remove_target(folder, target.slug)
+            outputs.pop(target.slug, None)
+        if failures.found:
+            bundles.write_golden(folder, golden, outputs, tolerances)
         reference = score(material.metric, material.test_reference, splits.test, material.test_reference)
         manifest = Manifest(
             request=material.request,
@@ -769,12 +824,12 @@ def _write(
             model_sha256=material.source.sha256,
             splits=splits.sizes,
             float_accuracy=reference.accuracy,
-            targets=tuple(results),
+            targets=tuple(results[choice.yardstick.target] for choice in choices),
             trials=sum(len(choice.trials) for choice in choices),
             interrupted=any(choice.interrupted for choice in choices),
             seconds=time.monotonic() - started,
             peak_memory_bytes=peak_bytes(),
-            messages=material.messages,
+            messages=(*material.messages, *failures.told),
             stages_s=dict(material.forecast.took),
         )
         trials = [trial for choice in choices for trial in choice.trials]

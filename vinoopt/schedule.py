@@ -118,9 +118,14 @@ def divide(facts: Facts, *, now: float, end: float, limit_s: float, targets: int
     return Deadlines(search=search, anchors=max(anchors, search), tuning=end - _WRITING_S)
 
 
-def announce(forecast: Forecast, facts: Facts, *, targets: int) -> None:
-    """Tell the forecast what one target will take, and those after it, and the end of the run."""
+def announce(forecast: Forecast, facts: Facts, *, targets: int, training_s: float = 0.0) -> None:
+    """Tell the forecast what one target will take, and those after it, and the end of the run.
+
+    `training_s` is for distillation, where there is any.
+    """
     stages = expected_seconds(facts)
+    if training_s:
+        stages["distill"] = training_s
     for name, seconds in stages.items():
         forecast.expect(name, seconds, is_cut=name != "choose")
     forecast.expect("further targets", (targets - 1) * sum(stages.values()), is_cut=False)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from vinoopt.cli.options import metric_options_from, preprocess_from, preprocess_options, seconds_from
-from vinoopt.errors import InputError
+from vinoopt.errors import InputError, VinooptError
 from vinoopt.records import AccuracyBudget, DropType, Manifest, Preset
 
 BUDGET_NOT_MET = 3
@@ -62,8 +62,8 @@ INTERRUPTED = 130
 def command(ctx: click.Context, /, **options: Any) -> None:
     """Compile an ONNX MODEL for its targets, inside an accuracy budget.
 
-    Exit codes: 0 done, 1 our error, 2 bad input, 3 every compressed model was over budget, 130 interrupted
-    (the best candidate so far is in the bundle).
+    Exit codes: 0 done, 1 our error (of several targets, the bundle holds those that came to a result), 2 bad input,
+    3 every compressed model was over budget, 130 interrupted (the best candidate so far is in the bundle).
     """
     as_json, quiet = options.pop("as_json"), options.pop("quiet")
     arguments = _arguments(options)
@@ -89,6 +89,8 @@ def command(ctx: click.Context, /, **options: Any) -> None:
 def _exit_code(manifest: Manifest) -> int:
     if manifest.interrupted:
         return INTERRUPTED
+    if len(manifest.targets) < len(manifest.request.targets):  # the messages say why one has no result
+        return VinooptError.exit_code
     return 0 if all(result.budget_met for result in manifest.targets) else BUDGET_NOT_MET
 
 

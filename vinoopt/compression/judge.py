@@ -194,6 +194,10 @@ class Judge:
         """Whether this run has judged the plan already."""
         return any(trial.plan == plan for trial in self.trials)
 
+    def finished(self) -> tuple[Trial, ...]:
+        """What the journal holds, of this session and of one that it takes up; failures are not held."""
+        return tuple(self._known.values())
+
     def latencies_ms(
         self,
         plans: Sequence[CompressionPlan],

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from vinoopt.records import QuantizationPlan
 
-ROUNDS = {"fast": 1, "balanced": 2, "thorough": 4}
-"""How often tables are corrected and the frontier searched again, by effort."""
+ROUNDS = {"fast": 1, "balanced": 2, "thorough": 10}
+"""How often tables are corrected and the frontier searched again, by effort; less where that brings nothing new."""
 DISTILL = "distill"
 """The effort that trains candidates after a balanced search."""
 EFFORTS = (*ROUNDS, DISTILL)

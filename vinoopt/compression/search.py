@@ -53,9 +53,14 @@ class SearchResult:
 
     @property
     def candidates(self) -> tuple[Trial, ...]:
-        """Trials inside the budget that have a latency, the fastest first."""
+        """Trials inside the budget that have a latency, the fastest first; of models that differ only by their
+        training, which changes no time, the one with the least drop."""
         inside = [t for t in self.trials if t.state is TrialState.COMPLETE and t.latency is not None]
-        unique = {serde.sha256_record(t.plan): t for t in inside}
+        unique: dict[CompressionPlan, Trial] = {}
+        for trial in inside:
+            plan = serde.replace(trial.plan, distillation=None)
+            if plan not in unique or (trial.likely_drop or 0.0) <= (unique[plan].likely_drop or 0.0):
+                unique[plan] = trial
         return tuple(sorted(unique.values(), key=latency_of))
 
 

@@ -79,6 +79,7 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
         self._constants: dict[Key, Any] = {}
         self._live: set[str] = {p.get_name() for p in model.get_parameters()}
         self._trains = trains
+        self._device = "cpu"
         self.rounds = True
         """Whether quantizers of activations round; they always clamp."""
         self._steps = fused(self._read(model), self._kept_keys())
@@ -92,7 +93,7 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
     def forward(self, inputs: Sequence[Any], keys: Sequence[Key]) -> list[Any]:
         """The values at `keys`; `inputs` in the model's order, of its own batch size or a multiple of it."""
         values: dict[Key, Any] = dict(self._constants)
-        values.update(zip(self.input_keys, inputs, strict=True))
+        values.update(zip(self.input_keys, (x.to(self._device) for x in inputs), strict=True))
         values.update({weight.key: weight.value() for weight in self._weights})
         wanted = set(keys)
         factor = inputs[0].shape[0] // self.own_batch if self.own_batch and inputs[0].ndim else 1
@@ -130,6 +131,7 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
 
     def place(self, device: str) -> None:
         """Move parameters and constants to a device; whole numbers stay, since shapes are read from them."""
+        self._device = device
         self.to(device)
         self._constants = {
             key: value.to(device) if value.is_floating_point() else value

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-
 from vinoopt.errors import ExtraMissing
 
 PRUNED_RATE, ROUNDED_RATE = 0.01, 3e-4
@@ -13,12 +10,15 @@ PRUNED_RATE, ROUNDED_RATE = 0.01, 3e-4
 
 def require_torch() -> None:
     """Raises `ExtraMissing`, which says how to install PyTorch, where it cannot be imported."""
-    if "torch" in sys.modules:
-        is_here = sys.modules["torch"] is not None
-    else:
-        is_here = importlib.util.find_spec("torch") is not None
-    if not is_here:
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as exc:
         raise ExtraMissing(
             "distillation needs PyTorch, which is not installed: pip install 'vinoopt[distill]' (its CPU build is "
             "enough), or choose another effort"
-        )
+        ) from exc
+    except (ImportError, OSError) as exc:
+        raise ExtraMissing(
+            f"distillation needs PyTorch, which is here but cannot be imported ({exc}): install its CPU build, "
+            "or choose another effort"
+        ) from exc

@@ -189,7 +189,7 @@ def _gather(node: ov.Node) -> Function:
     def pick(x: Any, indices: Any, dim: int) -> Any:
         flat = indices.reshape(-1).to(torch.int64)
         flat = torch.where(flat < 0, flat + x.shape[dim], flat)
-        picked = x.index_select(dim, flat)
+        picked = x.index_select(dim, flat.to(x.device))
         return picked.reshape(*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
 
     return gather
@@ -200,7 +200,7 @@ def _gather_elements(node: ov.Node) -> Function:
     axis = int(node.get_attributes()["axis"])
 
     def gather(x: Any, indices: Any) -> Any:
-        return torch.gather(x, axis, torch.where(indices < 0, indices + x.shape[axis], indices))
+        return torch.gather(x, axis, torch.where(indices < 0, indices + x.shape[axis], indices).to(x.device))
 
     return gather
 
@@ -226,7 +226,7 @@ def _scatter_update(node: ov.Node) -> Function:
 def _scatter_elements(node: ov.Node) -> Function:
     if node.get_attributes().get("reduction", "none") != "none":
         raise refuse(node, "a reduction")
-    return lambda x, indices, updates, axis: x.scatter(int(axis), indices, updates)
+    return lambda x, indices, updates, axis: x.scatter(int(axis), indices.to(x.device), updates)
 
 
 @rule("ScatterNDUpdate")

@@ -20,7 +20,7 @@ import openvino as ov
 
 from vinoopt import serde
 from vinoopt.alarm import TimeIsUp, until
-from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
+from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge, first_line
 from vinoopt.compression.precision_search import latency_of
 from vinoopt.compression.search import SearchResult
 from vinoopt.distillation.needs import PRUNED_RATE, ROUNDED_RATE
@@ -46,6 +46,8 @@ _JUDGING_S = 10.0
 """Kept free at the end of a time limit where nothing is known yet of what a judgement takes."""
 _SPARE = 1.3
 """Of what a judgement took, kept free for the next."""
+_LEAST_GAIN = 0.1
+"""Of what a candidate is over the budget, what a run must bring to be followed by another."""
 _PATIENCE = 1.5
 """Of the time that a run was planned to take, under a time limit."""
 _AT_EACH_SPEED = 2
@@ -99,10 +101,9 @@ class _Runner:
         return is_proven or self.trial.likely_drop <= max_drop / 2
 
     @property
-    def promise(self) -> tuple[bool, float, float]:
-        """To be sorted by: the least drop on the search part first, then what was not trained yet, by its damage."""
-        drop = math.inf if self.trial is None or self.trial.likely_drop is None else self.trial.likely_drop
-        return self.is_spent, drop, self.damage
+    def drop(self) -> float:
+        """On the search part, as far as is known; infinite where it is not."""
+        return math.inf if self.trial is None or self.trial.likely_drop is None else self.trial.likely_drop
 
 
 def _undominated(runners: Sequence[_Runner]) -> list[_Runner]:
@@ -141,6 +142,8 @@ def distill_beyond(
     except KeyboardInterrupt:
         say("interrupted: going on with the best candidate so far")
         is_interrupted = True
+    except CANDIDATE_ERRORS as exc:
+        stage.reasons.append(f"distillation broke off: {first_line(exc)}")
     return replace(
         found,
         trials=tuple(judge.trials),
@@ -161,7 +164,7 @@ class _Stage:
         self.started = time.monotonic()
         self.ends = self.started + STAGE_S if options.deadline is None else options.deadline
         self.building_ends = self.started + BUILDING_SHARE * (self.ends - self.started)
-        self.made: dict[CompressionPlan, ov.Model | DistillationError] = {}
+        self.made: dict[CompressionPlan, ov.Model | Exception] = {}
         """What runs gave that are not in the store, by their plans."""
         self.cost: Cost | None = None
         """Of a run, as the last one of some length had it."""
@@ -174,7 +177,7 @@ class _Stage:
     # ------------------------------------------------------------------ the whole stage
 
     def run(self) -> None:
-        """Train, halve, train on; where that brought the fastest into the budget, look for still faster ones."""
+        """Train, halve, train on; where that brought one into the budget, look for still faster ones."""
         best = min(self.found.candidates, key=latency_of, default=None)
         plans = self._prospects(best)
         if not plans:
@@ -195,14 +198,18 @@ class _Stage:
                 self._rounds(runners)
                 runners = self._further(runners)
         finally:  # the time limit, or an interrupt, may end them from within
+            for trial in self.judge.finished():  # of an earlier session, which went another way
+                if trial.plan.distillation is not None and not self.judge.knows(trial.plan):
+                    self.judge.judge(trial.plan, note=trial.note)
             self.reasons.append(self._conclusion(best))
 
     def _further(self, runners: Sequence[_Runner]) -> list[_Runner]:
-        """New runners, faster than all of these; none where the fastest of them is outside, or time is short."""
-        fastest = min(runners, key=lambda runner: runner.latency_ms)
+        """New runners, faster than the fastest that came inside; none where none did, or time is short."""
+        inside = [runner for runner in runners if runner.is_inside]
         self.tried |= {serde.replace(runner.plan, distillation=None) for runner in runners}
-        if not fastest.is_inside or self._run_s(_LEAST_STEPS) > self._left():
+        if not inside or self._run_s(_LEAST_STEPS) > self._left():
             return []
+        fastest = min(inside, key=lambda runner: runner.latency_ms)
         self.building_ends = time.monotonic() + BUILDING_SHARE * self._left()
         plans = [plan for plan in self._prospects(fastest.trial) if plan not in self.tried]
         return self._timed(plans, fastest.trial)
@@ -223,11 +230,23 @@ class _Stage:
             count = math.ceil(len(chosen) / 2)
 
     def _open(self, runners: Sequence[_Runner], *, only_fresh: bool) -> list[_Runner]:
-        """What is worth a run: nothing slower than what is safely inside already; the most promising first."""
-        safe = [runner for runner in runners if runner.is_safe(self.judge.budget.max_drop)]
-        least = min((runner.latency_ms for runner in safe), default=math.inf)
-        found = [r for r in runners if r.is_open and r.latency_ms < least and not (only_fresh and r.is_spent)]
-        return sorted(found, key=lambda r: r.promise)
+        """What is worth a run: nothing slower than what is safely inside already.
+
+        First what would be the fastest inside, the nearest to it in front; then what is inside, but not safely, the
+        fastest in front; then, for the case that the test part refuses those, the rest. What its last run brought
+        nothing comes behind all others.
+        """
+        limit = self.judge.budget.max_drop
+        safe = min((r.latency_ms for r in runners if r.is_safe(limit)), default=math.inf)
+        inside = min((r.latency_ms for r in runners if r.is_inside), default=math.inf)
+
+        def order(runner: _Runner) -> tuple[bool, int, float, float]:
+            if runner.is_inside:
+                return runner.is_spent, 1, runner.latency_ms, 0.0
+            return runner.is_spent, 0 if runner.latency_ms < inside else 2, runner.drop, runner.damage
+
+        found = [r for r in runners if r.is_open and r.latency_ms < safe and not (only_fresh and r.is_spent)]
+        return sorted(found, key=order)
 
     def _planned(self, chosen: list[_Runner], number: int) -> tuple[list[_Runner], int]:
         """As many of the runners as time allows, and the steps of each; a resumed search does the same."""
@@ -310,8 +329,13 @@ class _Stage:
         try:
             times = self.judge.latencies_ms([*ground, *usable])
         except CANDIDATE_ERRORS as exc:
-            self.reasons.append(f"candidates for distillation could not be timed: {exc}")
-            return []
+            if len(usable) == 1:
+                why = f"{usable[0].title} is not distilled, since it could not be timed: {first_line(exc)}"
+                self.reasons.append(why)
+                return []
+            # One that the target refuses must not take the others with it.
+            alone = [runner for plan in usable for runner in self._timed([plan], best)]
+            return sorted(_undominated(alone), key=lambda runner: runner.damage)
         limit = times[0] if ground else math.inf
         pairs = zip(usable, times[len(ground) :], strict=True)
         build = self.judge.workshop.build
@@ -320,7 +344,7 @@ class _Stage:
             for plan, ms in pairs
             if ms < limit
         ]
-        return sorted(_undominated(runners), key=lambda runner: runner.promise)
+        return sorted(_undominated(runners), key=lambda runner: runner.damage)
 
     def _built(self, plans: Sequence[CompressionPlan]) -> list[CompressionPlan]:
         """The plans whose models could be built in time."""
@@ -377,6 +401,7 @@ class _Stage:
     def _trained(self, runner: _Runner, steps: int) -> _Runner:
         """The runner after a run, judged."""
         self.run_ends = time.monotonic() + _PATIENCE * self._run_s(steps)
+        self.judge.forecast.still("distill", max(self.ends - time.monotonic(), 0.0))
         plan = self._with_runs(runner.plan, (*runner.runs, steps))
         words = f"{runner.latency_ms:.3g} ms before training"
         self.say(f"{plan.title}: {sum((*runner.runs, steps))} steps of distillation, {words}")
@@ -384,11 +409,12 @@ class _Stage:
         runs = plan.distillation.runs if plan.distillation is not None else ()
         trial = self.judge.judge(plan, note=f"{sum(runs)} steps of distillation, {words}")
         self.made.clear()
-        before = None if runner.trial is None else runner.trial.likely_drop
-        is_spent = trial.likely_drop is None or (before is not None and trial.likely_drop >= before)
-        if not is_spent or runner.trial is None:  # else it goes on, if at all, from where it was
-            runner = replace(runner, plan=plan, trial=trial)
-        return replace(runner, is_spent=is_spent)
+        after = replace(runner, plan=plan, trial=trial)
+        if runner.trial is None:
+            return replace(after, is_spent=trial.likely_drop is None)
+        gain, missing = runner.drop - after.drop, max(runner.drop - self.judge.budget.max_drop, 0.0)
+        # What brought nothing goes on, if at all, from where it was.
+        return replace(after if gain > 0 else runner, is_spent=gain <= _LEAST_GAIN * missing)
 
     def _with_runs(self, plan: CompressionPlan, runs: tuple[int, ...]) -> CompressionPlan:
         return serde.replace(plan, distillation=self._distillation(runs, plan.widths))
@@ -401,10 +427,8 @@ class _Stage:
             runs = () if plan.distillation is None else plan.distillation.runs
             plan = self._with_runs(plan, (*runs[:-1], max(cut.steps, 1)))
             self.made[plan] = cut.model
-        except DistillationError as exc:
+        except CANDIDATE_ERRORS as exc:
             self.made[plan] = exc  # the judge is told the same without another run
-        except CANDIDATE_ERRORS:
-            pass  # the judge will see it, too
         return plan
 
     def _distilled(self, plan: CompressionPlan, student: ov.Model) -> ov.Model:
@@ -412,14 +436,15 @@ class _Stage:
         from vinoopt.distillation.distiller import Run, train
 
         made, distillation = self.made.get(plan), plan.distillation
-        if isinstance(made, DistillationError):
+        if isinstance(made, Exception):
             raise made
         if made is not None:
             return made
         if distillation is None:
             raise ValueError("the plan does not distil")
         limit = self.options.deadline
-        deadline = None if limit is None else min(limit - self._judging_s(), self.run_ends)
+        closing_s = 0.0 if self.cost is None else self.cost.setup_s  # comparing with the teacher, writing
+        deadline = None if limit is None else min(limit - self._judging_s() - closing_s, self.run_ends)
         trained = train(
             student,
             self._opened(),

@@ -425,6 +425,7 @@ class Training:
         self._step, self._spent = state["step"], state["spent"]
         for name, value in state["numbers"].items():
             setattr(self, name, value)
+        self._lowest_since, self._stale = math.inf, 0  # with more time the rate is high again
         return True
 
     def _fits(self, state: Mapping[str, Any]) -> bool:
@@ -442,8 +443,7 @@ class Training:
 
 
 _NUMBERS = (
-    "_best_step", "_best_loss", "_first_loss", "_held_loss", "_lowest_since", "_agreement", "_running", "_stale",
-    "_looking",
+    "_best_step", "_best_loss", "_first_loss", "_held_loss", "_agreement", "_running", "_looking",
 )  # fmt: skip
 """Of a run, kept in its checkpoint."""
 
