@@ -24,19 +24,23 @@ from vinoopt.compression.judge import Judge  # noqa: E402
 from vinoopt.compression.search import SearchResult  # noqa: E402
 from vinoopt.demo import demo_files  # noqa: E402
 from vinoopt.distillation import stage  # noqa: E402
-from vinoopt.distillation.stage import StageOptions, distill_beyond  # noqa: E402
+from vinoopt.distillation.distiller import Distilled  # noqa: E402
+from vinoopt.distillation.stage import Runner, StageOptions, distill_beyond, worth_a_run  # noqa: E402
+from vinoopt.distillation.training import Outcome  # noqa: E402
 from vinoopt.errors import DistillationError  # noqa: E402
 from vinoopt.frontend.preprocess import read_preprocess  # noqa: E402
 from vinoopt.records import (  # noqa: E402
     AccuracyBudget,
     CompressionPlan,
     Device,
+    DistillationPlan,
     Evidence,
     GroupWidth,
     Measurement,
     Precision,
     QuantizationPlan,
     Target,
+    Trial,
     TrialState,
 )
 from vinoopt.store import Store  # noqa: E402
@@ -172,6 +176,69 @@ def test_what_training_brought_inside_is_the_start_for_faster_ones(
     trained = [len(t.plan.widths[0].kept) for t in result.trials if t.plan.distillation is not None]
     assert trained[-1] == 4, "predicted to be faster than all others, and looked at behind them"
     assert len(trained) > 1 and set(trained[:-1]) <= {8, 7, 6}
+
+
+def runner(kept: int, drop: float | None = None, *, is_spent: bool = False) -> Runner:
+    """One that takes a millisecond for every kept channel, by its drop after training; None: not trained yet."""
+    trial = None
+    if drop is not None:
+        state = TrialState.COMPLETE if drop <= 0.01 else TrialState.OVER_BUDGET
+        trial = Trial(number=0, plan=pruned(kept), state=state, target="ruler:CPU", drop=drop, drop_high=drop + 0.008)
+    return Runner(plan=pruned(kept), latency_ms=float(kept), damage=1 / kept, trial=trial, is_spent=is_spent)
+
+
+@pytest.mark.parametrize(
+    ("runners", "order"),
+    [
+        ([runner(6), runner(4), runner(5)], [6, 5, 4]),  # nothing is known but what they damage
+        ([runner(6, 0.03), runner(4, 0.05), runner(5, 0.02)], [5, 6, 4]),  # the nearest first
+        ([runner(6, 0.006), runner(4, 0.05), runner(5, 0.02)], [5, 4, 6]),  # what is inside already can wait
+        ([runner(6, 0.006), runner(5, 0.008)], [5, 6]),  # and behind the fastest of its kind
+        ([runner(5, 0.008), runner(6, 0.02)], [5, 6]),  # no faster than what is inside: in case that is refused
+        ([runner(5, 0.001), runner(6, 0.02)], []),  # which a safe one will not be
+        ([runner(6, 0.03, is_spent=True), runner(4, 0.05)], [4, 6]),
+    ],
+)
+def test_what_would_be_the_fastest_inside_is_trained_first(runners: list[Runner], order: list[int]) -> None:
+    assert [each.latency_ms for each in worth_a_run(runners, 0.01)] == order
+    fresh = [each for each in runners if not each.is_spent]
+    assert worth_a_run(runners, 0.01, only_fresh=True) == worth_a_run(fresh, 0.01)
+
+
+def test_what_training_brings_nothing_is_not_trained_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "STAGE_S", 300.0)
+
+    def idle(student: ov.Model, school: object, plan: DistillationPlan, run: object) -> Distilled:
+        took = {"seconds": 0.01, "looking_s": 0.0}
+        outcome = Outcome(
+            steps=plan.runs[-1], best_step=0, first_loss=1.0, best_loss=1.0, reason="done", **took
+        )
+        return Distilled(
+            model=student, plan=plan, before=1.0, after=1.0, is_better=False, reason="as it was", outcome=outcome
+        )
+
+    monkeypatch.setattr("vinoopt.distillation.distiller.train", idle)
+    judge = judge_in(tmp_path, max_drop=0.0)
+    started = time.monotonic()
+    result = distill_beyond(judge, found_by(judge, {0.85: 6, 0.0: 4}), StageOptions(), say=lambda text: None)
+    assert time.monotonic() - started < 200
+    trained = [len(t.plan.widths[0].kept) for t in result.trials if t.plan.distillation is not None]
+    assert trained and max(map(trained.count, trained)) <= len(stage.RUNG_SHARES)
+
+
+def test_a_stage_that_breaks_off_leaves_the_search_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> float:
+        raise RuntimeError("a library is missing")
+
+    monkeypatch.setattr("vinoopt.distillation.distiller.cost_of", broken)
+    judge = judge_in(tmp_path, max_drop=0.1)
+    result = distill_beyond(judge, found_by(judge, {0.0: 4}), StageOptions(), say=lambda text: None)
+    assert [t.plan for t in result.trials] == [FLOAT]
+    assert result.reasons[-1] == "distillation broke off: RuntimeError: a library is missing"
 
 
 def test_what_is_slower_and_more_damaged_than_another_is_not_trained(tmp_path: Path) -> None:

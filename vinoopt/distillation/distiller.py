@@ -54,7 +54,8 @@ class Distilled:
     """Divergence from the teacher on held-back inputs that training never saw, as OpenVINO computes both."""
     after: float
     is_better: bool
-    """False: the model is the one that was handed in, since training did not make it better for certain."""
+    """False: the model is the one that was handed in, since training did not make it better, or not by more than one
+    standard error."""
     reason: str
     outcome: Outcome
 
@@ -89,9 +90,9 @@ class Cost:
 def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -> Distilled:
     """`student` after the last run of `plan`, trained towards the school's teacher.
 
-    Never worse than it was: what counts is the divergence of the outputs on held-back inputs that had no part in
-    training, computed by OpenVINO as deployed. It must fall by more than chance, and decisions must not go away from
-    the teacher's by more than that. Raises `DistillationError` as `open_school` does.
+    Never further from the teacher than it was: what counts is the divergence of the outputs on held-back inputs that
+    had no part in training, computed by OpenVINO as deployed. It must fall by more than one standard error, and the
+    share of the teacher's decisions must not fall by more than that; with `run.is_judged_later` it must fall. Raises `DistillationError` as `open_school` does.
     """
     if plan.label_weight and school.labels is None:
         raise DataError("label_weight is about class numbers; give labels, one whole number per sample")

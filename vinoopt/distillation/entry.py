@@ -85,6 +85,8 @@ def distill(
     dataset = _dataset(data, labels, master)
     say = on_event or (lambda event: None)
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+    if checkpoint is not None:
+        Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
     plan = _plan(
         runs=(steps,),
         batch=batch,

@@ -48,7 +48,8 @@ class _Calls(Sequence[Batch]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         sample = self.data[index]
-        return [torch.from_numpy(np.ascontiguousarray(sample[name])) for name in self.names]
+        arrays = [sample[name] for name in self.names]
+        return [torch.from_numpy(np.ascontiguousarray(x).reshape(x.shape)) for x in arrays]  # a scalar stays one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -96,7 +97,8 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int) -> School:
         check_equality(mirror, inputs[:CHECKED])
     is_batched = check_batches(mirror, inputs[:3])
     mirror.place(device())
-    labels = learn.labels if isinstance(learn.labels, np.ndarray) else None
+    known = learn.labels if isinstance(learn.labels, np.ndarray) else None
+    labels = None if known is None else [torch.as_tensor(each, dtype=torch.int64).reshape(-1) for each in known]
     return School(
         teacher=teacher,
         mirror=mirror,
@@ -105,8 +107,8 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int) -> School:
         held=_Calls(held, names)[:],
         judged=judged,
         reference=predict(teacher, judged, properties={"INFERENCE_PRECISION_HINT": "f32"}),
-        labels=None if labels is None else [torch.as_tensor(each, dtype=torch.int64).reshape(-1) for each in labels],
-        digest=digest_of(teacher, [*inputs[:_SIGNED_CALLS], [torch.tensor(len(data))]]),
+        labels=labels,
+        digest=digest_of(teacher, [*inputs[:_SIGNED_CALLS], [torch.tensor(len(data))], labels or []]),
     )
 
 

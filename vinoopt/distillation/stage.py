@@ -1,9 +1,10 @@
 """The stage of the search behind the training-free frontier: too damaged, but faster, and worth training.
 
-Candidates are built as they stand and timed before any of them is trained, since training moves no time. Then they
-are halved (Jamieson & Talwalkar 2016, arXiv 1502.07943): all get a short run, those that are left get longer ones,
-and the best of them what time is left. Each run is a candidate of its own, judged by OpenVINO on the search part like
-every other, and may win.
+Candidates are built as they stand and timed before any of them is trained, since training moves no time; those for
+which there is one that is faster and less damaged are left out. Then they are halved (Jamieson & Talwalkar 2016, arXiv
+1502.07943): as many as there is time for get a short run, those that are left get longer ones, and the best of them
+what time is left. Where one came inside the budget and time is left, still faster ones are looked for. Each run is a
+candidate of its own, judged by OpenVINO on the search part like every other, and may win.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class StageOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Runner:
+class Runner:
     """A plan in training."""
 
     plan: CompressionPlan
@@ -106,7 +107,26 @@ class _Runner:
         return math.inf if self.trial is None or self.trial.likely_drop is None else self.trial.likely_drop
 
 
-def _undominated(runners: Sequence[_Runner]) -> list[_Runner]:
+def worth_a_run(runners: Sequence[Runner], max_drop: float, *, only_fresh: bool = False) -> list[Runner]:
+    """What to train next: nothing slower than what is safely inside the budget already.
+
+    First what would be the fastest inside, the nearest to it in front; then what is inside, but not safely, the
+    fastest in front; then, for the case that the test part refuses those, the rest. What its last run brought nothing
+    comes behind all others, or, with `only_fresh`, not at all.
+    """
+    safe = min((r.latency_ms for r in runners if r.is_safe(max_drop)), default=math.inf)
+    inside = min((r.latency_ms for r in runners if r.is_inside), default=math.inf)
+
+    def order(runner: Runner) -> tuple[bool, int, float, float]:
+        if runner.is_inside:
+            return runner.is_spent, 1, runner.latency_ms, 0.0
+        return runner.is_spent, 0 if runner.latency_ms < inside else 2, runner.drop, runner.damage
+
+    found = [r for r in runners if r.is_open and r.latency_ms < safe and not (only_fresh and r.is_spent)]
+    return sorted(found, key=order)
+
+
+def _undominated(runners: Sequence[Runner]) -> list[Runner]:
     """Without those for which there is one that is both faster and less damaged."""
     return [
         each
@@ -203,7 +223,7 @@ class _Stage:
                     self.judge.judge(trial.plan, note=trial.note)
             self.reasons.append(self._conclusion(best))
 
-    def _further(self, runners: Sequence[_Runner]) -> list[_Runner]:
+    def _further(self, runners: Sequence[Runner]) -> list[Runner]:
         """New runners, faster than the fastest that came inside; none where none did, or time is short."""
         inside = [runner for runner in runners if runner.is_inside]
         self.tried |= {serde.replace(runner.plan, distillation=None) for runner in runners}
@@ -214,11 +234,12 @@ class _Stage:
         plans = [plan for plan in self._prospects(fastest.trial) if plan not in self.tried]
         return self._timed(plans, fastest.trial)
 
-    def _rounds(self, runners: list[_Runner]) -> None:
+    def _rounds(self, runners: list[Runner]) -> None:
         """Rounds of ever fewer and longer runs, until time or candidates are used up."""
         count = len(runners)
         for number in itertools.count():
-            chosen = self._open(runners, only_fresh=number >= len(RUNG_SHARES))[:count]
+            limit, only_fresh = self.judge.budget.max_drop, number >= len(RUNG_SHARES)
+            chosen = worth_a_run(runners, limit, only_fresh=only_fresh)[:count]
             chosen, steps = self._planned(chosen, number)
             if not chosen:
                 return
@@ -229,26 +250,7 @@ class _Stage:
                 runners[runners.index(runner)] = self._trained(runner, steps)
             count = math.ceil(len(chosen) / 2)
 
-    def _open(self, runners: Sequence[_Runner], *, only_fresh: bool) -> list[_Runner]:
-        """What is worth a run: nothing slower than what is safely inside already.
-
-        First what would be the fastest inside, the nearest to it in front; then what is inside, but not safely, the
-        fastest in front; then, for the case that the test part refuses those, the rest. What its last run brought
-        nothing comes behind all others.
-        """
-        limit = self.judge.budget.max_drop
-        safe = min((r.latency_ms for r in runners if r.is_safe(limit)), default=math.inf)
-        inside = min((r.latency_ms for r in runners if r.is_inside), default=math.inf)
-
-        def order(runner: _Runner) -> tuple[bool, int, float, float]:
-            if runner.is_inside:
-                return runner.is_spent, 1, runner.latency_ms, 0.0
-            return runner.is_spent, 0 if runner.latency_ms < inside else 2, runner.drop, runner.damage
-
-        found = [r for r in runners if r.is_open and r.latency_ms < safe and not (only_fresh and r.is_spent)]
-        return sorted(found, key=order)
-
-    def _planned(self, chosen: list[_Runner], number: int) -> tuple[list[_Runner], int]:
+    def _planned(self, chosen: list[Runner], number: int) -> tuple[list[Runner], int]:
         """As many of the runners as time allows, and the steps of each; a resumed search does the same."""
         if not chosen:
             return [], 0
@@ -320,7 +322,7 @@ class _Stage:
         ahead = 1.0 if best is None or ground is None else latency_of(best) / ground
         return [ahead / speed for speed in SPEEDS]
 
-    def _timed(self, plans: Sequence[CompressionPlan], best: Trial | None) -> list[_Runner]:
+    def _timed(self, plans: Sequence[CompressionPlan], best: Trial | None) -> list[Runner]:
         """The plans that are faster on the target than the best one, beside it; the least damaged first."""
         usable = self._built(plans)
         if not usable:
@@ -340,7 +342,7 @@ class _Stage:
         pairs = zip(usable, times[len(ground) :], strict=True)
         build = self.judge.workshop.build
         runners = [
-            _Runner(plan=plan, latency_ms=ms, damage=self.judge.damage(plan, partial(build, plan)))
+            Runner(plan=plan, latency_ms=ms, damage=self.judge.damage(plan, partial(build, plan)))
             for plan, ms in pairs
             if ms < limit
         ]
@@ -374,7 +376,7 @@ class _Stage:
             self._school = open_school(workshop.source, workshop.calibration, seed=self.options.seed)
         return self._school
 
-    def _measured_cost(self, runner: _Runner) -> Cost:
+    def _measured_cost(self, runner: Runner) -> Cost:
         """Of runs, kept so that a resumed search need not measure it again."""
         from vinoopt.distillation.distiller import Cost, cost_of
 
@@ -398,7 +400,7 @@ class _Stage:
             seed=self.options.seed,
         )
 
-    def _trained(self, runner: _Runner, steps: int) -> _Runner:
+    def _trained(self, runner: Runner, steps: int) -> Runner:
         """The runner after a run, judged."""
         self.run_ends = time.monotonic() + _PATIENCE * self._run_s(steps)
         self.judge.forecast.still("distill", max(self.ends - time.monotonic(), 0.0))
