@@ -92,7 +92,8 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
 
     Never further from the teacher than it was: what counts is the divergence of the outputs on held-back inputs that
     had no part in training, computed by OpenVINO as deployed. It must fall by more than one standard error, and the
-    share of the teacher's decisions must not fall by more than that; with `run.is_judged_later` it must fall. Raises `DistillationError` as `open_school` does.
+    share of the teacher's decisions must not fall by more than that; with `run.is_judged_later` it must fall. Raises
+    `DistillationError` as `open_school` does.
     """
     if plan.label_weight and school.labels is None:
         raise DataError("label_weight is about class numbers; give labels, one whole number per sample")

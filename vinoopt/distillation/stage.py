@@ -1,10 +1,10 @@
 """The stage of the search behind the training-free frontier: too damaged, but faster, and worth training.
 
 Candidates are built as they stand and timed before any of them is trained, since training moves no time; those for
-which there is one that is faster and less damaged are left out. Then they are halved (Jamieson & Talwalkar 2016, arXiv
-1502.07943): as many as there is time for get a short run, those that are left get longer ones, and the best of them
-what time is left. Where one came inside the budget and time is left, still faster ones are looked for. Each run is a
-candidate of its own, judged by OpenVINO on the search part like every other, and may win.
+which there is one that is faster and less damaged are left out. Then they are halved (Jamieson & Talwalkar 2016,
+arXiv 1502.07943): as many as there is time for get a short run, those that are left get longer ones, and the best of
+them what time is left. Where one came inside the budget and time is left, still faster ones are looked for. Each run
+is a candidate of its own, judged by OpenVINO on the search part like every other, and may win.
 """
 
 from __future__ import annotations
