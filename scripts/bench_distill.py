@@ -173,7 +173,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=28.0, help="time limit of each run")
     parser.add_argument("--seconds", type=float, default=4.0, help="of measurement per contestant of `search`")
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=64, help="samples per step")
+    parser.add_argument("--batch", type=int, help="samples per step; by default what suits the inputs")
     parser.add_argument("--rate", type=float, help="peak rate; by default what suits the model")
     parser.add_argument("--inner", type=float, default=1.0)
     parser.add_argument("--threads", type=int, help="of PyTorch; fewer where the machine is shared")

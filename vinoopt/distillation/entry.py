@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from vinoopt.accuracy.datasets import Dataset, from_arrays, load_dataset
 from vinoopt.alarm import make_interrupts_safe
-from vinoopt.distillation.needs import PRUNED_RATE, ROUNDED_RATE, require_torch
+from vinoopt.distillation.needs import PRUNED_RATE, ROUNDED_RATE, require_torch, usual_batch
 from vinoopt.errors import InputError
 from vinoopt.frontend.normalize import load_model
 from vinoopt.records import DistillationPlan, Event, PreprocessSpec, TensorSpec
@@ -45,7 +45,7 @@ def distill(
     labels: Any = None,
     label_weight: float = 0.3,
     steps: int = 2000,
-    batch: int = 64,
+    batch: int | None = None,
     peak_rate: float | None = None,
     inner_weight: float = 1.0,
     augment: bool | Augment = True,
@@ -63,15 +63,16 @@ def distill(
     reads it. `data` is a path or arrays in memory. Labels are looked at only where `labels` (class numbers, a path or
     a key, as in `compile`) are given: their cross entropy is then added with `label_weight`.
 
-    `peak_rate` is the largest change of a weight per step, relative to its tensor's size; by default 0.01 for a model
-    with fewer weights than its teacher, else 0.0003. With less than 600 steps it is lowered by the root of their
-    share, to half at most. `augment` mirrors, shifts and mixes images (True), leaves inputs
-    as they are (False), or is a function of the inputs of one batch and a `torch.Generator`. A run that was
-    interrupted, or cut by the time limit, goes on from `checkpoint`; Ctrl-C still raises `KeyboardInterrupt`. The
-    result is the same in every run with `threads=1` and no time limit.
+    A step takes `batch` samples, by default 64, of large images 16. `peak_rate` is the largest change of a weight per
+    step, relative to its tensor's size; by default 0.01 for a model with fewer weights than its teacher, else 0.0003.
+    With less than 600 steps it is lowered by the root of their share, to half at most. `augment` mirrors, shifts and
+    mixes images (True), leaves inputs as they are (False), or is a function of the inputs of one batch and a
+    `torch.Generator`. A run that was interrupted, or cut by the time limit, goes on from `checkpoint`; Ctrl-C still
+    raises `KeyboardInterrupt`. The result is the same in every run with `threads=1` and no time limit.
 
-    `result.is_better` says whether training helped, by more than chance; `result.before` and `result.after` are
-    divergences of the outputs from the teacher's on held-back inputs that training never saw, computed by OpenVINO.
+    `result.is_better` says whether training helped, by more than a standard error; `result.before` and
+    `result.after` are divergences of the outputs from the teacher's on held-back inputs that training never saw,
+    computed by OpenVINO.
     Raises `ExtraMissing` without PyTorch, `DistillationError` for an operator that has no rule or fails in PyTorch
     and for outputs without a gradient, and what reading model and data raises.
     """
@@ -89,7 +90,7 @@ def distill(
         Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
     plan = _plan(
         runs=(steps,),
-        batch=batch,
+        batch=usual_batch(dataset) if batch is None else batch,
         peak_rate=_rate(model, master) if peak_rate is None else peak_rate,
         inner_weight=inner_weight,
         augments=augment is not False,

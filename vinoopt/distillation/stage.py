@@ -24,7 +24,7 @@ from vinoopt.alarm import TimeIsUp, until
 from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge, first_line
 from vinoopt.compression.precision_search import latency_of
 from vinoopt.compression.search import SearchResult
-from vinoopt.distillation.needs import PRUNED_RATE, ROUNDED_RATE
+from vinoopt.distillation.needs import PRUNED_RATE, ROUNDED_RATE, usual_batch
 from vinoopt.errors import DistillationError
 from vinoopt.records import CompressionPlan, DistillationPlan, GroupWidth, Trial, TrialState
 from vinoopt.store import digest
@@ -53,8 +53,6 @@ _PATIENCE = 1.5
 """Of the time that a run was planned to take, under a time limit."""
 _AT_EACH_SPEED = 2
 """Of the plans that the search would go on to, beyond the first speed."""
-_LARGE = 3 * 96 * 96
-"""Values of one sample's inputs from which on a step has fewer samples, so that there are enough steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -391,11 +389,9 @@ class _Stage:
         return Cost(setup_s=float(setup_s), step_s=float(step_s))
 
     def _distillation(self, runs: tuple[int, ...], widths: Sequence[GroupWidth]) -> DistillationPlan:
-        sample = self.judge.workshop.calibration[0]
-        size = sum(array.size for array in sample.values()) / self.judge.workshop.calibration.batch
         return DistillationPlan(
             runs=runs,
-            batch=16 if size >= _LARGE else 64,
+            batch=usual_batch(self.judge.workshop.calibration),
             peak_rate=PRUNED_RATE if widths else ROUNDED_RATE,
             seed=self.options.seed,
         )
