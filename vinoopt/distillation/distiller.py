@@ -164,10 +164,11 @@ def progress_words(progress: Progress) -> str:
     parts = [f"step {progress.step} of {progress.steps}"]
     if progress.step:
         parts.append(f"loss {progress.loss:.4g}")
-    best = f"best {progress.best_loss:.4g}, first {progress.first_loss:.4g}"
-    parts.append(f"held back {progress.held_loss:.4g} ({best})")
-    if progress.agreement is not None:
-        parts.append(f"agreement {progress.agreement:.1%}")
+    if progress.looked_at or not progress.step:  # else the last look was at the beginning
+        best = f"best {progress.best_loss:.4g}, first {progress.first_loss:.4g}"
+        parts.append(f"held back {progress.held_loss:.4g} ({best})")
+        if progress.agreement is not None:
+            parts.append(f"agreement {progress.agreement:.1%}")
     if progress.step and progress.step < progress.steps:
         parts.append(f"{progress.seconds_left:.0f} s left")
     return ", ".join(parts)

@@ -76,6 +76,8 @@ class Progress:
     loss: float
     held_loss: float
     """At the last look."""
+    looked_at: int
+    """The step of that look."""
     best_loss: float
     first_loss: float
     agreement: float | None
@@ -147,6 +149,7 @@ class Training:
     _best_loss: float = math.inf
     _first_loss: float = math.inf
     _held_loss: float = math.inf
+    _looked_at: int = 0
     _agreement: float | None = None
     _running: float | None = None
     _lowest_since: float = math.inf
@@ -350,6 +353,7 @@ class Training:
         agreeing = [share * size for share, size in zip(shares, sizes, strict=True) if share is not None]
         self._agreement = sum(agreeing) / sum(sizes) if agreeing else None
         self._held_loss = loss = loss if math.isfinite(loss) else math.inf
+        self._looked_at = self._step
         self._stale += 1
         if self._step and _is_below(loss, self._lowest_since):
             self._lowest_since, self._stale = loss, 0
@@ -370,6 +374,7 @@ class Training:
                 steps=steps,
                 loss=math.nan if self._running is None else self._running,
                 held_loss=self._held_loss,
+                looked_at=self._looked_at,
                 best_loss=self._best_loss,
                 first_loss=self._first_loss,
                 agreement=self._agreement,
@@ -443,7 +448,7 @@ class Training:
 
 
 _NUMBERS = (
-    "_best_step", "_best_loss", "_first_loss", "_held_loss", "_agreement", "_running", "_looking",
+    "_best_step", "_best_loss", "_first_loss", "_held_loss", "_looked_at", "_agreement", "_running", "_looking",
 )  # fmt: skip
 """Of a run, kept in its checkpoint."""
 
