@@ -390,6 +390,19 @@ def test_whatever_a_metric_raises_is_one_failed_candidate(
     assert [trial.plan.quantization for trial in found.candidates] == [None]
 
 
+def test_a_search_that_breaks_off_keeps_its_trials(model: ov.Model, reference: Predictions, tmp_path: Path) -> None:
+    judge = judge_of(model, reference, tmp_path, Ruler(), near=0.02, max_drop=0.0)
+
+    def broken(trial: Trial) -> None:
+        if trial.number == 2:
+            raise OSError("no space left on device")
+
+    judge.on_trial = broken
+    found = search(judge, options(), say=lambda text: None)
+    assert [trial.number for trial in found.trials] == [0, 1, 2]
+    assert "broke off" in found.reasons[-1] and found.reasons[-1].endswith("OSError: no space left on device")
+
+
 def test_an_interrupt_of_the_search_keeps_its_trials(model: ov.Model, reference: Predictions, tmp_path: Path) -> None:
     judge = judge_of(model, reference, tmp_path, Ruler(), near=0.02, max_drop=0.0)
 

@@ -81,6 +81,10 @@ def search(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) 
         say("interrupted: going on with the best candidate so far")
         run.reasons.append(f"interrupted while the search was at: {run.doing}")
         is_interrupted = True
+    except CANDIDATE_ERRORS as exc:
+        if not judge.trials:
+            raise
+        run.reasons.append(f"the search broke off while it was at: {run.doing}: {first_line(exc)}")
     return SearchResult(
         trials=tuple(judge.trials),
         damages=run.damages,
