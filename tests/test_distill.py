@@ -17,9 +17,10 @@ import vinoopt  # noqa: E402
 from vinoopt.accuracy.datasets import from_arrays  # noqa: E402
 from vinoopt.compression.quantize import quantize  # noqa: E402
 from vinoopt.distillation.augment import find_augment, image_axes  # noqa: E402
-from vinoopt.distillation.distiller import Distilled, last_rate  # noqa: E402
+from vinoopt.distillation.distiller import Distilled, Run, last_rate, train  # noqa: E402
 from vinoopt.distillation.losses import output_loss  # noqa: E402
 from vinoopt.distillation.quantizers import Grid, fake_quantize  # noqa: E402
+from vinoopt.distillation.school import open_school  # noqa: E402
 from vinoopt.distillation.standing import Standing  # noqa: E402
 from vinoopt.errors import DistillationError, InputError  # noqa: E402
 from vinoopt.records import Device, DistillationPlan, Event, QuantizationPlan, TensorSpec  # noqa: E402
@@ -398,9 +399,14 @@ def test_short_runs_and_later_ones_go_more_slowly(runs: tuple[int, ...], rate: f
     assert last_rate(DistillationPlan(runs=runs, peak_rate=0.01)) == pytest.approx(rate)
 
 
-def test_what_others_judge_later_need_not_be_nearer_for_certain() -> None:
-    distances = np.random.default_rng(0).uniform(0.2, 0.4, 150)
-    before = Standing(distances=distances, agreements=None)
-    after = Standing(distances=np.roll(distances, 1) - 1e-4, agreements=None)
-    assert after.doubt_over(before) and not after.loss_over(before)
-    assert before.loss_over(before)
+def test_what_others_judge_later_comes_out_trained() -> None:
+    teacher = network()
+    school = open_school(teacher, data(), seed=0)
+    plan = DistillationPlan(runs=(20,), batch=16, peak_rate=0.5)
+    kept = train(teacher.clone(), school, plan, Run(threads=1))
+    assert not kept.is_better and bytes_of(kept.model) == bytes_of(teacher)
+    given = train(teacher.clone(), school, plan, Run(threads=1, is_judged_later=True))
+    assert bytes_of(given.model) != bytes_of(teacher)
+    assert given.outcome.best_step > 0
+
+

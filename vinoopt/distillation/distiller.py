@@ -71,7 +71,8 @@ class Run:
     """None: images are altered where the plan says so; a function of the user's goes first."""
     threads: int | None = None
     is_judged_later: bool = False
-    """Whether the caller judges what comes out, and keeps what went in: a gain need not be certain then."""
+    """Whether the caller judges what comes out on other inputs, and keeps what went in: it is given what was trained,
+    whatever the few held-back inputs say."""
     say: Say = lambda message, done, total: None
 
 
@@ -92,8 +93,8 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
 
     Never further from the teacher than it was: what counts is the divergence of the outputs on held-back inputs that
     had no part in training, computed by OpenVINO as deployed. It must fall by more than one standard error, and the
-    share of the teacher's decisions must not fall by more than that; with `run.is_judged_later` it must fall. Raises
-    `DistillationError` as `open_school` does.
+    share of the teacher's decisions must not fall by more than that. With `run.is_judged_later` none of this is asked
+    for. Raises `DistillationError` as `open_school` does.
     """
     if plan.label_weight and school.labels is None:
         raise DataError("label_weight is about class numbers; give labels, one whole number per sample")
@@ -120,6 +121,7 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
             inner_weight=plan.inner_weight,
             seed=plan.seed + len(plan.runs) - 1,
             threads=run.threads,
+            may_keep_first=not run.is_judged_later,
         ),
         deadline=run.deadline,
         checkpoint=run.checkpoint,
@@ -130,7 +132,7 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
         mirror.write()
         trained: ov.Model = work.clone()
     after = departure.of(trained)
-    doubt = after.loss_over(before) if run.is_judged_later else after.doubt_over(before)
+    doubt = "" if run.is_judged_later else after.doubt_over(before)
     reason = f"{outcome.steps} of {plan.runs[-1]} steps ({outcome.reason}): {after.words_after(before)}"
     return Distilled(
         model=student.clone() if doubt else trained,

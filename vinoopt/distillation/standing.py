@@ -48,10 +48,6 @@ class Standing:
             return f"{loss:.1%} fewer decisions are the float model's (standard error {error:.1%})"
         return ""
 
-    def loss_over(self, before: Standing) -> str:
-        """Why this is not nearer than `before` on the mean, certain or not; empty where it is."""
-        return "" if self.distance < before.distance else "that is no nearer"
-
     def words_after(self, before: Standing) -> str:
         """Both in words."""
         count = len(self.distances)

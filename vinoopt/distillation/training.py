@@ -3,7 +3,8 @@
 The rate of every tensor is relative to its own size (root mean square of its values), so that one figure serves
 networks of any scale (Shazeer & Stern 2018, arXiv 1804.04235, section 8). It rises linearly over the first steps and
 falls along a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983), by the steps or by the time limit, whichever is
-nearer to its end. What is kept is the best state that the held-back inputs have seen, the first one included.
+nearer to its end. What is kept is the best state that the held-back inputs have seen, the first one included unless
+others judge what comes out.
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ class TrainingSettings:
     seed: int = 0
     threads: int | None = None
     """PyTorch's; None: as they are. Results are the same in every run with one."""
+    may_keep_first: bool = True
+    """Whether the state before the first step is the result where no later one looks better. A state that earlier
+    looks at the same inputs have chosen seems better there than it is: then it must not be compared by them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +195,8 @@ class Training:
         if not self._resumed():
             self._look()
             self._first_loss = self._held_loss
+            if not self.settings.may_keep_first:
+                self._best_loss = math.inf
             self._report()
         self._halves = self._may_halve()
 
