@@ -173,7 +173,9 @@ def test_resume_repeats_no_trial(tmp_path: Path) -> None:
 
 def test_inputs_of_one_class_are_judged_by_values(tmp_path: Path) -> None:
     pictures, labels = images()
-    threes = {"images": pictures[labels == 3][:80]}
+    three = pictures[labels == 3][:1].astype(np.int64)
+    noise = np.random.default_rng(0).integers(-8, 9, size=(80, *three.shape[1:]))
+    threes = {"images": (three + noise).clip(0, 255).astype(np.uint8)}
     bundle = compile_demo(
         tmp_path / "o", data=threes, labels=None, budget=AccuracyBudget(max_drop=0.05), prune=False
     )
