@@ -87,7 +87,7 @@ def test_a_search_stopped_at_a_part_of_its_time_is_inside_the_budget(model: Path
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="emulates an x86 CPU")
-@pytest.mark.parametrize("late", ["compare", "replay_on"])
+@pytest.mark.parametrize("late", ["compare", pytest.param("replay_on", marks=pytest.mark.slow)])
 def test_a_target_that_comes_to_nothing_leaves_the_others(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
 ) -> None:
