@@ -81,7 +81,7 @@ def cases() -> dict[str, Case]:
     models, demo = SHARED / "models", demo_files()
     digit = "images[{},1,32,32]"
     imagenet_rgb = (PreprocessSpec(mean=(127.5,), scale=(127.5,)),)
-    photos = (PreprocessSpec(mean=(123.675, 116.28, 103.53), scale=(58.395, 57.12, 57.375), fit="squash"),)
+    photos = (CIFAR[0].model_copy(update={"fit": "squash"}),)
     imagenet_bgr = (PreprocessSpec(colour_order="BGR", mean=(104.0, 117.0, 123.0)),)
     return {
         "digits": Case(

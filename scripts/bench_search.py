@@ -187,8 +187,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("way", choices=tuple(WAYS))
-    parser.add_argument("--case", action="append", choices=sorted(cases()), help="repeatable; default: digits")
-    parser.add_argument("--all", action="store_true", help="all models that are here, instead of --case")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--case", action="append", choices=sorted(cases()), help="repeatable; default: digits")
+    which.add_argument("--all", action="store_true", help="all models that are here")
     parser.add_argument("--time-limit", type=float, help="seconds of every run of `budgets` and `cap`")
     parser.add_argument("--max-drop", action="append", type=float, help="repeatable for `budgets`; default: 0.01")
     parser.add_argument("--share", type=float, default=0.3, help="of the time, for `stop`")

@@ -357,10 +357,9 @@ def _is_single_value(spec: TensorSpec) -> bool:
 
 def _automatic(outputs: Sequence[TensorSpec], has_labels: bool, options: Mapping[str, Any]) -> str:
     judged = [spec for spec in outputs if options.get("output") in (None, spec.name)]
-    if len(judged) == 1 and looks_like_classifier(judged[0]) and has_labels:
-        return "top1"
-    if len(judged) == 1 and _holds_scores(judged[0]) and not has_labels:
-        return "agreement"
+    is_classifier = looks_like_classifier if has_labels else _holds_scores
+    if len(judged) == 1 and is_classifier(judged[0]):
+        return "top1" if has_labels else "agreement"
     if has_labels:
         raise MetricError(
             f"no output looks like a classifier's ({_listed(outputs)}), so what the labels mean is not known; "

@@ -55,7 +55,7 @@ class Distilled:
     after: float
     is_better: bool
     """False: the model is the one that was handed in, since training did not make it better, or not by more than one
-    standard error."""
+    standard error. Where others judge what comes out (`Run.is_judged_later`) it is not asked, and always True."""
     reason: str
     outcome: Outcome
 
