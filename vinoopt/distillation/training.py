@@ -195,9 +195,9 @@ class Training:
         if not self._resumed():
             self._look()
             self._first_loss = self._held_loss
+            self._report()
             if not self.settings.may_keep_first:
                 self._best_loss = math.inf
-            self._report()
         self._halves = self._may_halve()
 
     def _run(self) -> Outcome:
