@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import graphs
 import numpy as np
 import openvino as ov
@@ -15,6 +17,7 @@ from vinoopt.compression.groups import find_groups
 from vinoopt.compression.widths import PruningKit, offered_widths, prepare, size_of
 from vinoopt.errors import CompressionError, PlanError
 from vinoopt.records import GroupWidth, TensorSpec
+from vinoopt.store import Store
 
 INPUT = TensorSpec(name="x", shape=("?", 3, 12, 12), dtype="float32")
 
@@ -148,6 +151,25 @@ def test_what_no_branch_offers_is_refused():
 def test_activations_that_are_not_finite_are_told():
     with pytest.raises(CompressionError, match="not finite"):
         kit_of(net(breaks=True))
+
+
+def test_a_later_run_learns_nothing_again_and_cuts_the_same(tmp_path: Path):
+    store, model, data = Store.open("kit", root=tmp_path), net(), from_arrays(images(64), inputs=[INPUT])
+    told: list[list[str]] = []
+    kits = []
+    for _ in range(2):
+        told.append([])
+        kits.append(prepare(model, data, ignored=(), seed=0, say=told[-1].append, store=store))
+    assert len(told[0]) == 3
+    assert told[1] == []
+    first, second = kits
+    assert first is not None
+    assert second is not None
+    kept = {"first": -3, first.coupling.groups[0].name: 8}
+    assert first.widths(kept) == second.widths(kept)
+    assert error(first.thoroughly(first.widths(kept)), second.thoroughly(second.widths(kept))) == 0
+    assert prepare(model, data, ignored=("behind",), seed=0, say=told[-1].append, store=store) is not None
+    assert len(told[1]) == 3, "other layers may be cut, so other things are to be learnt"
 
 
 def test_stand_ins_lie_between_units_and_nothing():

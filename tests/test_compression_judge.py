@@ -237,6 +237,60 @@ def test_a_tighter_budget_gives_a_slower_and_milder_point(
     assert len(set(floats)) == 4
 
 
+class Choosy(Ruler):
+    """INT8 outputs are too large by a share that hangs on the recipe."""
+
+    def __init__(self, source: ov.Model) -> None:
+        super().__init__()
+        self.source = source
+
+    def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
+        exact, found = super().predict(plan, self.source, data), Predictions()
+        off = 0.0
+        if plan.quantization is not None:
+            off = 0.5 + 0.2 * (plan.quantization.preset is not None)
+            off -= 0.1 * (not plan.quantization.fast_bias_correction)
+            off -= 0.2 * (plan.quantization.activation_range == "histogram")
+            off -= 0.1 * (plan.quantization.activation_range == "mean_minmax")
+        for call in exact:
+            found.append({name: value * (1 + off) for name, value in call.items()})
+        return found
+
+
+def test_changes_of_the_recipe_that_help_alone_are_tried_together(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge = judge_of(model, reference, tmp_path, ruler := Choosy(model), near=0.02, max_drop=0.0)
+    found = search(judge, options(effort="thorough"), say=lambda text: None)
+    assert any(reason.startswith("recipe of those that do less damage") for reason in found.reasons)
+    recipes = [t.plan.quantization for t in found.trials if t.plan.quantization is not None]
+    best = recipes[-1]
+    assert (best.fast_bias_correction, best.activation_range, best.preset) == (False, "histogram", None)
+    ranges = {p.quantization.activation_range for p, _ in ruler.run if p.quantization is not None}
+    assert ranges == {None, "minmax", "mean_minmax", "quantile", "histogram"}
+
+
+def test_what_is_too_big_to_calibrate_has_its_weights_compressed(tmp_path: Path) -> None:
+    wide = heavy()
+    spec = TensorSpec(name="x", shape=(1, 1024), dtype="float32")
+    data = from_arrays(RNG.normal(size=(12, 1024)).astype(np.float32), inputs=[spec])
+    store = Store.open("judge", root=tmp_path)
+    judge = Judge(
+        workshop=Workshop(source=wide, calibration=data, device=Device.CPU, store=store),
+        yardstick=Ruler(),
+        metric=Closeness(near=1.0),
+        budget=AccuracyBudget(max_drop=0.1),
+        data=data,
+        reference=predict(wide, data, properties=F32),
+        seed=0,
+        store=store,
+    )
+    found = search(judge, options(prune=True, memory_bytes=8 << 20), say=lambda text: None)
+    assert [t.plan.quantization for t in found.trials] == [None] * len(found.trials)
+    assert {t.plan.weights.mode for t in found.trials if t.plan.weights is not None} == {"int8_asym", "int4_asym"}
+    assert "calibration of this model takes about 0.0 GiB, and 0.0 are free" in found.reasons[0]
+
+
 # --------------------------------------------------------------------------- resuming
 
 
@@ -480,6 +534,40 @@ def test_weight_only_candidates_are_judged_where_weights_bind(tmp_path: Path, re
     assert "8.0 of 8.0 MiB" in reason
     spared = {t.plan.weights.float_layers for t in judge.trials if t.plan.weights is not None}
     assert spared == {("narrow",) if repeats else ()}, "what is used often is better left as it is"
+
+
+def test_float_blocks_of_the_best_mix_store_their_weights_in_8_bits(tmp_path: Path) -> None:
+    wide = heavy()
+    spec = TensorSpec(name="x", shape=(1, 1024), dtype="float32")
+    data = from_arrays(RNG.normal(size=(12, 1024)).astype(np.float32), inputs=[spec])
+    store = Store.open("judge", root=tmp_path)
+    judge = Judge(
+        workshop=Workshop(source=wide, calibration=data, device=Device.CPU, store=store),
+        yardstick=Ruler(),
+        metric=Closeness(near=1.0),
+        budget=AccuracyBudget(max_drop=0.1),
+        data=data,
+        reference=predict(wide, data, properties=F32),
+        seed=0,
+        store=store,
+    )
+    mixed = CompressionPlan(quantization=QuantizationPlan(float_layers=("wide1",)))
+    judge.judge_anchors({"float": [FLOAT], "INT8 beside float": [mixed]})
+    (reason,) = search_weights(judge, options(), say=lambda text: None)
+    last = judge.trials[-1]
+    assert last.plan.quantization == mixed.quantization
+    assert last.plan.weights is not None
+    assert last.plan.title == "int8+f32(1) with int8_asym weights"
+    assert last.state is TrialState.COMPLETE
+    assert last.plan.title in reason
+    built = judge.workshop.build(last.plan)
+    sizes = [n.get_byte_size() for n in built.get_ops() if n.get_type_name() == "Constant"]
+    assert max(sizes) == 1 << 20, "no matrix is left in float"
+    quantizers, before = (
+        [n.get_friendly_name() for n in each.get_ops() if n.get_type_name() == "FakeQuantize"]
+        for each in (built, judge.workshop.build(mixed))
+    )
+    assert sorted(quantizers) == sorted(before), "what is INT8 stays so"
 
 
 def test_a_model_that_weights_do_not_bind_is_left_alone(

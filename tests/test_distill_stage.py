@@ -228,6 +228,29 @@ def test_what_training_brings_nothing_is_not_trained_for_ever(
     assert trained and max(map(trained.count, trained)) <= len(stage.RUNG_SHARES)
 
 
+class Stubborn(Likeness):
+    """Thinks every compressed model as bad as any other."""
+
+    name = "stubborn"
+
+    def statistic(self, outputs: Mapping[str, Any], label: object, reference: Mapping[str, Any] | None) -> float:
+        return float(super().statistic(outputs, label, reference) > 0.9999)
+
+
+def test_what_comes_nearer_is_trained_on_though_no_decision_has_changed_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "STAGE_S", 30.0)
+    monkeypatch.setattr(stage, "_MOST_STEPS", 20)
+    judge = judge_in(tmp_path, max_drop=0.0)
+    judge.metric = Stubborn()
+    result = distill_beyond(judge, found_by(judge, {0.0: 4}), StageOptions(), say=lambda text: None)
+    trained = [t for t in result.trials if t.plan.distillation is not None]
+    runs = [t.plan.distillation.runs for t in trained if t.plan.distillation is not None]
+    assert len({trial.drop for trial in trained}) == 1
+    assert runs[:3] == [(20,), (20, 20), (20, 20, 20)]
+
+
 def test_a_stage_that_breaks_off_leaves_the_search_its_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -24,6 +26,20 @@ def test_a_result_is_computed_once(store: Store) -> None:
     for _ in range(2):
         assert store.json("table", lambda: calls.append(1) or {"a": [1.5, 2]}) == {"a": [1.5, 2]}
     assert len(calls) == 1
+
+
+def test_arrays_are_computed_once_unless_they_are_too_large_to_keep(store: Store) -> None:
+    calls: list[int] = []
+
+    def compute() -> dict[str, np.ndarray[Any, Any]]:
+        calls.append(1)
+        return {"a b": np.arange(6.0).reshape(2, 3), "text": np.array("of what")}
+
+    for most, expected in ((50, 1), (50, 2), (1000, 3), (1000, 3)):
+        found = store.arrays("numbers", compute, most_bytes=most)
+        np.testing.assert_array_equal(found["a b"], [[0, 1, 2], [3, 4, 5]])
+        assert str(found["text"]) == "of what"
+        assert len(calls) == expected
 
 
 def test_a_failure_leaves_nothing_behind(store: Store) -> None:

@@ -38,7 +38,7 @@ from vinoopt.fleet import Line, connected
 from vinoopt.forecast import Forecast
 from vinoopt.frontend.normalize import SourceModel, load_model, require_static
 from vinoopt.frontend.parity import check_parity
-from vinoopt.hardware.detect import fingerprint
+from vinoopt.hardware.detect import fingerprint, free_bytes
 from vinoopt.hardware.isa import saturates_int8
 from vinoopt.hardware.profile import HOST, resolve
 from vinoopt.lab import needs_of
@@ -665,6 +665,7 @@ def _search_options(
         effort=without_training(request.effort),
         deadline=None if deadlines is None else deadlines.search,
         anchor_deadline=None if deadlines is None else deadlines.anchors,
+        memory_bytes=free_bytes(),
     )
 
 

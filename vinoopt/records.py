@@ -325,12 +325,13 @@ class QuantizationPlan(Record):
 
 
 class WeightCompressionPlan(Record):
-    """Weight-only compression with `nncf.compress_weights`."""
+    """Weight-only compression with `nncf.compress_weights`, of what else would stay float."""
 
     mode: str = "int8_asym"
     ratio: float = 1.0
     group_size: int = -1
     float_layers: tuple[str, ...] = ()
+    """Left as they are, in INT8 or float."""
 
 
 class DistillationPlan(Record):
@@ -374,6 +375,7 @@ class CompressionPlan(Record):
                 parts.append(f"+{self.float_precision}({len(self.quantization.float_layers)})")
             elif self.float_precision is not Precision.F32:
                 parts.append(f"/{self.float_precision}")
+            parts += [f" with {self.weights.mode} weights"] if self.weights is not None else []
         elif self.weights is not None:
             parts.append(f"{self.weights.mode} weights")
         else:

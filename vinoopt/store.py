@@ -20,11 +20,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeAlias, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from vinoopt.errors import InputError
 
 T = TypeVar("T")
+Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 LIMIT_GB = 10.0
 _IN_USE_S = 86400.0
@@ -121,6 +125,18 @@ class Store:
         with self.writing(path.name) as part:
             part.write_text(json.dumps(value), encoding="utf-8")
         return value
+
+    def arrays(self, name: str, compute: Callable[[], Arrays], *, most_bytes: int) -> Arrays:
+        """The arrays kept under `name`, else what `compute` gives, which is then kept unless it is larger."""
+        path = self.folder / f"{name}.npz"
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as kept:
+                return dict(kept)
+        values = compute()
+        if sum(array.nbytes for array in values.values()) <= most_bytes:
+            with self.writing(path.name) as part:
+                np.savez(part, **values)  # type: ignore[arg-type]  # its stub takes them for allow_pickle
+        return values
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:

@@ -60,11 +60,10 @@ class Workshop:
         if plan.quantization is not None:
             pair = self.pair(plan.widths, plan.quantization)
             present = {block.name for block in find_blocks(pair)}  # pruning may have removed a whole branch
-            return with_float_blocks(pair, present & set(plan.quantization.float_layers))
-        model = self.pruned(plan.widths)
-        if plan.weights is not None:
-            return compress_weights(model, plan.weights)
-        return model.clone()
+            model = with_float_blocks(pair, present & set(plan.quantization.float_layers))
+        else:
+            model = self.pruned(plan.widths).clone()
+        return model if plan.weights is None else compress_weights(model, plan.weights)
 
     def _distilled(self, plan: CompressionPlan, distillation: DistillationPlan) -> ov.Model:
         """The model before the last run of the plan's distillation, trained by that run."""

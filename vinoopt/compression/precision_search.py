@@ -14,6 +14,7 @@ from vinoopt.compression.frontier import FLOAT, INT8, FrontierPoint
 from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
 from vinoopt.compression.options import ROUNDS, SearchOptions
 from vinoopt.compression.precision import find_blocks
+from vinoopt.compression.quantize import RANGES
 from vinoopt.compression.refusal import find_refused
 from vinoopt.compression.sensitivity import block_damages
 from vinoopt.errors import DeviceError, ToolchainRefused
@@ -25,6 +26,7 @@ _FASTER = 0.99
 """A mix is judged only where it is predicted to take less than this share of the best time so far."""
 _RUN = 4
 """Blocks in a row that share their label in one of the mixes that are timed to learn what conversions cost."""
+_TOGETHER = "of those that do less damage than plain INT8, together"
 _RESERVES = {"fast": (0.5,), "balanced": (0.5, 0.2), "thorough": (0.7, 0.4, 0.15)}
 """Shares of the best candidate's predicted damage at which safer ones are judged, by effort: the test part may
 refuse what the search part let pass, and the next candidate must not be the float model."""
@@ -113,9 +115,11 @@ class _Run:
         for name, recipe in _recipes(base, self.options).items():
             if damages and self.options.is_late:
                 break
-            self.say(f"recipe {name}")
-            plan = CompressionPlan(quantization=recipe, float_precision=self._rest_precision())
-            damages[name] = (self.judge.damage(plan, partial(self.judge.workshop.build, plan)), recipe)
+            damages[name] = (self._damage_of_recipe(name, recipe), recipe)
+        better = [entry for entry in damages.values() if entry[0] < damages["plain"][0]]
+        if len(better) > 1 and not self.options.is_late:
+            together = _together(base, [recipe for _, recipe in sorted(better, key=lambda entry: -entry[0])])
+            damages[_TOGETHER] = (self._damage_of_recipe(_TOGETHER, together), together)
         damages = {name: entry for name, entry in damages.items() if math.isfinite(entry[0])}
         if not damages:
             self.reasons.append("no recipe of the quantizer gives a model that runs")
@@ -124,6 +128,11 @@ class _Run:
         if best != "plain":
             self.reasons.append(f"recipe {best} does less damage than plain INT8 and is the ground of the search")
         return damages[best][1]
+
+    def _damage_of_recipe(self, name: str, recipe: QuantizationPlan) -> float:
+        self.say(f"recipe {name}")
+        plan = CompressionPlan(quantization=recipe, float_precision=self._rest_precision())
+        return self.judge.damage(plan, partial(self.judge.workshop.build, plan))
 
     def _accepted(
         self, recipe: QuantizationPlan, precision: Precision, blocks: Sequence[str]
@@ -405,18 +414,34 @@ def _telling_mixes(blocks: Sequence[str]) -> list[set[str]]:
 
 
 def _recipes(base: QuantizationPlan, options: SearchOptions) -> dict[str, QuantizationPlan]:
-    """Recipes worth comparing when plain INT8 is over budget, by effort."""
+    """Recipes worth comparing when plain INT8 is over budget, by effort.
+
+    Asymmetric activations and ranges that cut nothing off are what helps most, each on models of its own.
+    """
     recipes = {"plain": base}
     if options.effort == "fast":
         return recipes
     if base.preset is None and not base.is_transformer:
         recipes["mixed preset"] = serde.replace(base, preset=Preset.MIXED)
+    ranges = RANGES if options.effort == "thorough" else ("minmax",)
+    if base.activation_range is None:
+        recipes |= {f"{name} ranges": serde.replace(base, activation_range=name) for name in ranges}
     if options.effort == "thorough":
         recipes["accurate bias correction"] = serde.replace(base, fast_bias_correction=False)
-        recipes["histogram ranges"] = serde.replace(base, activation_range="histogram")
         if base.is_transformer:
             recipes["weaker smoothing"] = serde.replace(base, smooth_quant_alpha=0.5)
     return recipes
+
+
+def _together(base: QuantizationPlan, recipes: Sequence[QuantizationPlan]) -> QuantizationPlan:
+    """What the recipes change of `base`, all at once; where two change the same, as the last one does."""
+    changes = {
+        name: value
+        for recipe in recipes
+        for name in QuantizationPlan.model_fields
+        if (value := getattr(recipe, name)) != getattr(base, name)
+    }
+    return serde.replace(base, **changes)
 
 
 def _recipe_of(plan: CompressionPlan) -> QuantizationPlan:

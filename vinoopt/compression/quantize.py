@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -17,13 +18,17 @@ from vinoopt.accuracy.datasets import Dataset
 from vinoopt.errors import CompressionError, PlanError
 from vinoopt.records import Device, QuantizationPlan, WeightCompressionPlan
 
-_RANGES = {
+RANGES = {
     "minmax": "MINMAX",
     "mean_minmax": "MEAN_MINMAX",
     "quantile": "MEAN_QUANTILE",
     "histogram": "HISTOGRAM",
 }
 """`QuantizationPlan.activation_range` -> a name in NNCF's `RangeEstimatorParametersSet`."""
+
+
+_COPIES_OF_WEIGHTS, _COPIES_OF_ACTIVATIONS = 3.0, 2.0
+"""What `nncf.quantize` took beyond the model at most, as measured on chains of matrix products and convolutions."""
 
 
 def quantize(model: ov.Model, plan: QuantizationPlan, calibration: Dataset, *, device: Device) -> ov.Model:
@@ -48,6 +53,27 @@ def quantize(model: ov.Model, plan: QuantizationPlan, calibration: Dataset, *, d
             ignored_scope=_ignored(nncf, plan.float_layers),
             advanced_parameters=_advanced(nncf, plan),
         )
+
+
+def calibration_bytes(model: ov.Model) -> int:
+    """About what `quantize` takes for this model beyond the model itself, in bytes.
+
+    NNCF holds copies of the graph and compiles them with an output at every place where it takes statistics, so that
+    all activations of a call are there at once.
+    """
+    weights, activations = 0, 0
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant":
+            weights += node.get_byte_size()
+        else:
+            activations += sum(_bytes(port) for port in node.outputs())
+    return int(_COPIES_OF_WEIGHTS * weights + _COPIES_OF_ACTIVATIONS * activations)
+
+
+def _bytes(port: ov.Output) -> int:
+    """Of a tensor in f32; 0 where its shape is open."""
+    shape = port.get_partial_shape()
+    return 4 * math.prod(shape.to_shape()) if shape.is_static else 0
 
 
 def compress_weights(model: ov.Model, plan: WeightCompressionPlan) -> ov.Model:
@@ -89,10 +115,10 @@ def _advanced(nncf: ModuleType, plan: QuantizationPlan) -> Any:
             convolution=-1, matmul=plan.smooth_quant_alpha
         )
     if plan.activation_range is not None:
-        if plan.activation_range not in _RANGES:
-            raise PlanError(f'activation range "{plan.activation_range}" is not one of {", ".join(_RANGES)}')
+        if plan.activation_range not in RANGES:
+            raise PlanError(f'activation range "{plan.activation_range}" is not one of {", ".join(RANGES)}')
         chosen: RangeEstimatorParameters = getattr(
-            RangeEstimatorParametersSet, _RANGES[plan.activation_range]
+            RangeEstimatorParametersSet, RANGES[plan.activation_range]
         )
         parameters.activations_range_estimator_params = chosen
     return parameters

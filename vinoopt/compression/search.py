@@ -23,7 +23,7 @@ from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge, first_line
 from vinoopt.compression.options import ROUNDS as ROUNDS
 from vinoopt.compression.options import SearchOptions as SearchOptions
 from vinoopt.compression.precision_search import latency_of, search_precisions
-from vinoopt.compression.quantize import import_nncf
+from vinoopt.compression.quantize import calibration_bytes, import_nncf
 from vinoopt.compression.weight_search import search_weights
 from vinoopt.compression.width_search import BlockTables, WidthSearch
 from vinoopt.compression.widths import prepare
@@ -109,6 +109,14 @@ class _Run:
         self.refused: frozenset[str] = frozenset()
         self.beyond: Beyond | None = None
         self.reasons: list[str] = []
+        needed, free = calibration_bytes(judge.workshop.source), options.memory_bytes
+        self.can_calibrate = needed <= free
+        """Whether statistics of the model's activations fit into memory."""
+        if not self.can_calibrate and (options.quantize or options.prune):
+            self.reasons.append(
+                f"calibration of this model takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: "
+                "its weights are compressed without data, and nothing is pruned"
+            )
 
     def baselines(self) -> None:
         """What all else is compared with."""
@@ -118,9 +126,9 @@ class _Run:
     def all(self) -> None:
         """Every further stage that the options ask for, in order."""
         stages = {
-            "precisions": (self.options.quantize, self.precisions),
+            "precisions": (self.options.quantize and self.can_calibrate, self.precisions),
             "weights": (self.options.quantize, self.weights),
-            "widths": (self.options.prune, self.widths),
+            "widths": (self.options.prune and self.can_calibrate, self.widths),
         }
         for name, (is_wanted, run) in stages.items():
             with self.judge.forecast.stage(name):
@@ -138,7 +146,7 @@ class _Run:
         """The float model in each format, then plain INT8 in each format for what it leaves in float."""
         formats = self.judge.yardstick.float_precisions
         plans = [("float", CompressionPlan(float_precision=each)) for each in formats]
-        if self.options.quantize:
+        if self.options.quantize and self.can_calibrate:
             base = self.options.base
             plans += [("plain INT8", CompressionPlan(quantization=base, float_precision=each)) for each in formats]
         # Under a time limit what is ready soonest goes ahead: what is timed together is lost together.
@@ -194,6 +202,7 @@ class _Run:
                 ignored=workshop.ignored,
                 seed=self.options.seed,
                 say=self.say,
+                store=self.judge.store,
             ),
         )
         if kit is None:

@@ -10,6 +10,7 @@ import openvino as ov
 from vinoopt import serde
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.options import SearchOptions
+from vinoopt.compression.precision_search import latency_of
 from vinoopt.cost_model import layer_costs
 from vinoopt.errors import ShapeError
 from vinoopt.records import CompressionPlan, Device, Trial, TrialState, WeightCompressionPlan
@@ -37,6 +38,8 @@ class WeightTraffic:
     """Weights and activations of all layers."""
     shared: tuple[str, ...] = ()
     """Layers whose weights are used more often: unpacking them would cost more than it saves."""
+    bound: tuple[str, ...] = ()
+    """The other layers with weights."""
 
     @property
     def is_bound(self) -> bool:
@@ -57,9 +60,11 @@ def weigh(model: ov.Model) -> WeightTraffic | None:
     except ShapeError:
         return None
     fetched = sum(4 * each.weights for each in costs if 0 < each.macs <= REUSE * each.weights)
-    shared = tuple(sorted({each.name for each in costs if each.weights and each.macs > REUSE * each.weights}))
+    weighted = {each.name for each in costs if each.weights}
+    shared = {each.name for each in costs if each.weights and each.macs > REUSE * each.weights}
     moved = sum(4 * (each.weights + each.activations) for each in costs)
-    return WeightTraffic(fetched=fetched, moved=moved, shared=shared)
+    bound = tuple(sorted(weighted - shared))
+    return WeightTraffic(fetched=fetched, moved=moved, shared=tuple(sorted(shared)), bound=bound)
 
 
 def search_weights(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) -> list[str]:
@@ -77,6 +82,7 @@ def search_weights(judge: Judge, options: SearchOptions, *, say: Callable[[str],
     spared = () if failed or traffic is None else traffic.shared
     floats = tuple(sorted({*options.base.float_layers, *spared}))
     tried = [trial for plan in _plans(judge, options, floats) for trial in _judged(judge, options, plan)]
+    tried += _beside_int8(judge, options, traffic)
     return [f"weight-only compression was tried ({why}): {'; '.join(map(_words, tried))}"] if tried else []
 
 
@@ -95,9 +101,23 @@ def _judged(judge: Judge, options: SearchOptions, weights: WeightCompressionPlan
     if options.is_late:
         return
     floats = [t for t in judge.trials if _is_inside(t) and t.latency is not None and _is_float(t.plan)]
-    fastest = min(floats, key=lambda t: t.latency.latency_p50_ms if t.latency is not None else 0.0, default=None)
+    fastest = min(floats, key=latency_of, default=None)
     ground = CompressionPlan() if fastest is None else fastest.plan
     yield judge.judge(serde.replace(ground, weights=weights), note="weight-only compression")
+
+
+def _beside_int8(judge: Judge, options: SearchOptions, traffic: WeightTraffic | None) -> Iterator[Trial]:
+    """The fastest mix of INT8 and float so far, with the weights of its float blocks stored in 8 bits."""
+    mixed = [t for t in judge.trials if _is_inside(t) and t.latency is not None and t.plan.quantization is not None]
+    best = min(mixed, key=latency_of, default=None)
+    if best is None or best.plan.quantization is None or traffic is None or options.is_late:
+        return
+    chosen = set(best.plan.quantization.float_layers) & set(traffic.bound) - set(options.base.float_layers)
+    if chosen:
+        others = {*traffic.bound, *traffic.shared} - chosen
+        weights = WeightCompressionPlan(float_layers=tuple(sorted(others)))
+        note = f"weights of {len(chosen)} float blocks in 8 bits"
+        yield judge.judge(serde.replace(best.plan, weights=weights), note=note)
 
 
 def _is_inside(trial: Trial) -> bool:

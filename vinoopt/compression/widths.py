@@ -16,6 +16,7 @@ from vinoopt.accuracy.datasets import Dataset
 from vinoopt.compression.contractions import index_contractions
 from vinoopt.compression.folding import Branch, StandIn, find_branches, fit_stand_ins, folded
 from vinoopt.compression.groups import Coupling, find_groups
+from vinoopt.compression.kept import Learnt, packed, unpacked
 from vinoopt.compression.refit import (
     Aims,
     RefitSettings,
@@ -28,6 +29,7 @@ from vinoopt.compression.saliency import Statistics, UnitOrder, collect_statisti
 from vinoopt.compression.surgery import PrunedModel, apply_pruning, verify_pruning, zeroed_reference
 from vinoopt.errors import CompressionError, PlanError
 from vinoopt.records import GroupWidth, PruningGroup
+from vinoopt.store import Store, digest
 
 Array = npt.NDArray[Any]
 Sample = Mapping[str, Array]
@@ -38,6 +40,8 @@ MAX_BYTES = 512 << 20
 """Of calibration inputs held in memory for them."""
 MIN_CALLS = 32
 _KEPT_GROUNDS = 8
+_MOST_KEPT = 512 << 20
+"""Bytes of statistics that are worth their place on disk."""
 _PROVING, _PROVEN = 2, 1e-3
 """Calls on which surgery is proven, and the relative difference that rounding may cause, in deep networks too."""
 _LEAST_LASTING = 0.02
@@ -181,36 +185,44 @@ def prepare(
     ignored: Sequence[str],
     seed: int,
     say: Callable[[str], None],
+    store: Store | None = None,
 ) -> PruningKit | None:
     """The kit for `model`, from the calibration part; None where the model has no group to prune.
 
+    With a `store`, which must be the model's and the data's, what takes long is computed once for all runs.
     Raises `CompressionError` where the model's activations are not finite on these data.
     """
     coupling = find_groups(model, ignored=ignored)
     if not coupling.groups:
         return None
     samples = [calibration[index] for index in range(refit_calls(calibration))]
-    readers = sorted({units.name for group in coupling.groups for units in coupling.columns[group.name]})
-    say(f"activations of {len(readers)} layers on {len(samples)} calibration calls")
-    statistics = collect_statistics(model, readers, samples, seed=seed)
-    for name, moments in statistics.moments.items():
-        if not np.isfinite(moments.mean).all():
-            raise CompressionError(f'what "{name}" reads is not finite on the calibration data')
     branches = {branch.group: branch for branch in find_branches(model, coupling)}
-    if branches:
-        say(f"layers that could stand for {len(branches)} branches")
-    stand_ins = fit_stand_ins(model, list(branches.values()), samples, seed=seed) if branches else {}
-    say(f"importance of the channels of {len(coupling.groups)} groups")
-    orders = order_units(model, coupling, statistics)
-    others = order_units(model, coupling, statistics, criterion="energy")
+
+    def learn() -> dict[str, Array]:
+        readers = sorted({units.name for group in coupling.groups for units in coupling.columns[group.name]})
+        say(f"activations of {len(readers)} layers on {len(samples)} calibration calls")
+        statistics = collect_statistics(model, readers, samples, seed=seed)
+        for name, moments in statistics.moments.items():
+            if not np.isfinite(moments.mean).all():
+                raise CompressionError(f'what "{name}" reads is not finite on the calibration data')
+        if branches:
+            say(f"layers that could stand for {len(branches)} branches")
+        stand_ins = fit_stand_ins(model, list(branches.values()), samples, seed=seed) if branches else {}
+        say(f"importance of the channels of {len(coupling.groups)} groups")
+        orders = order_units(model, coupling, statistics)
+        others = order_units(model, coupling, statistics, criterion="energy")
+        return packed(Learnt(statistics=statistics, stand_ins=stand_ins, orders=orders, others=others))
+
+    name = f"pruning-{digest(sorted(ignored), seed, len(samples))[:16]}"
+    learnt = unpacked(learn() if store is None else store.arrays(name, learn, most_bytes=_MOST_KEPT))
     return PruningKit(
         source=model,
         coupling=coupling,
-        statistics=statistics,
-        orders=orders,
-        others=others,
+        statistics=learnt.statistics,
+        orders=learnt.orders,
+        others=learnt.others,
         branches=branches,
-        stand_ins=stand_ins,
+        stand_ins=learnt.stand_ins,
         samples=samples,
         ignored=frozenset(ignored),
         seed=seed,

@@ -48,7 +48,8 @@ _JUDGING_S = 10.0
 _SPARE = 1.3
 """Of what a judgement took, kept free for the next."""
 _LEAST_GAIN = 0.1
-"""Of what a candidate is over the budget, what a run must bring to be followed by another."""
+"""Of what a candidate is over the budget, or of its damage, what a run must bring to be followed by another: drops
+are counted in samples that change sides, which few do by chance, and damages tell more of runs that are alike."""
 _PATIENCE = 1.5
 """Of the time that a run was planned to take, under a time limit."""
 _AT_EACH_SPEED = 2
@@ -72,7 +73,7 @@ class Runner:
     latency_ms: float
     """Before training, which does not change it."""
     damage: float
-    """Before training."""
+    """As far as it is trained."""
     trial: Trial | None = None
     is_spent: bool = False
     """Whether its last run brought nothing."""
@@ -406,13 +407,16 @@ class _Stage:
         plan = self._made(plan)
         runs = plan.distillation.runs if plan.distillation is not None else ()
         trial = self.judge.judge(plan, note=f"{sum(runs)} steps of distillation, {words}")
+        damage = self.judge.damage(plan, partial(self.judge.workshop.build, plan))
         self.made.clear()
-        after = replace(runner, plan=plan, trial=trial)
+        after = replace(runner, plan=plan, trial=trial, damage=damage)
         if runner.trial is None:
             return replace(after, is_spent=trial.likely_drop is None)
         gain, missing = runner.drop - after.drop, max(runner.drop - self.judge.budget.max_drop, 0.0)
+        is_closer = damage < (1 - _LEAST_GAIN) * runner.damage
+        is_spent = gain <= _LEAST_GAIN * missing and not is_closer
         # What brought nothing goes on, if at all, from where it was.
-        return replace(after if gain > 0 else runner, is_spent=gain <= _LEAST_GAIN * missing)
+        return replace(after if gain > 0 or is_closer else runner, is_spent=is_spent)
 
     def _with_runs(self, plan: CompressionPlan, runs: tuple[int, ...]) -> CompressionPlan:
         return serde.replace(plan, distillation=self._distillation(runs, plan.widths))

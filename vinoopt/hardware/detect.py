@@ -26,6 +26,7 @@ from vinoopt.records import (
 )
 
 _CPUINFO = Path("/proc/cpuinfo")
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 _PACKAGES = ("openvino", "nncf", "onnx", "numpy")
 _GPU_CHANNELS = {False: 16, True: 32}
 """Has XMX -> channels of one block of OpenVINO's GPU layouts (`b_fs_yx_fsv16`), or of one int8 XMX step."""
@@ -69,6 +70,19 @@ def fingerprint() -> HostFingerprint:
         versions={**{name: _version(name) for name in _PACKAGES}, "vinoopt": __version__},
         devices={name: _property(core, name, "FULL_DEVICE_NAME") for name in core.available_devices},
     )
+
+
+def free_bytes() -> int:
+    """Memory that can still be taken on this machine, or in the control group (v2) that this process runs in."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((_CONTROL_GROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        kept = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
+    except OSError:  # another system, or a group without limits
+        return free
+    if not limit.isdigit():
+        return free
+    return min(free, int(limit) - int(used) + int(kept.get("inactive_file", 0)))
 
 
 def match_host() -> str | None:
