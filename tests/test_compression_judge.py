@@ -270,6 +270,20 @@ def test_changes_of_the_recipe_that_help_alone_are_tried_together(
     assert ranges == {None, "minmax", "mean_minmax", "quantile", "histogram"}
 
 
+def test_a_milder_recipe_takes_the_place_of_plain_int8_that_is_inside(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    judge = judge_of(model, reference, tmp_path, Choosy(model), near=10.0)
+    found = search(judge, options(), say=lambda text: None)
+    assert INT8 in [t.plan for t in found.trials if t.state is TrialState.COMPLETE]
+    best = found.candidates[0].plan.quantization
+    assert best is not None
+    assert (best.fast_bias_correction, best.preset) == (False, None), "what may take time is not tried"
+    assert INT8 not in [t.plan for t in found.candidates], "the same kernels are not timed twice"
+    again = judge_of(model, reference, tmp_path / "fast", Choosy(model), near=10.0)
+    assert search(again, options(effort="fast"), say=lambda text: None).candidates[0].plan == INT8
+
+
 def test_what_is_too_big_to_calibrate_has_its_weights_compressed(tmp_path: Path) -> None:
     wide = heavy()
     spec = TensorSpec(name="x", shape=(1, 1024), dtype="float32")

@@ -110,7 +110,15 @@ def test_compressed_weights_count_as_stored():
     data = parameter(4, 32)
     weights = ops.multiply(ops.convert(constant(20, 32, dtype=np.int8), np.float32), constant(20, 1))
     (cost,) = layer_costs(model(ops.matmul(data, weights, False, True), data))
-    assert cost.weights == 640
+    assert (cost.weights, cost.stored_bytes) == (640, 640.0)
+    (whole,) = layer_costs(model(ops.matmul(data, constant(20, 32), False, True), data))
+    assert (whole.weights, whole.stored_bytes) == (640, 2560.0)
+    spec = simple_spec(bandwidth_gb_per_s=Figure(value=1e-3, source="s"))
+    times = [
+        roofline(model(ops.matmul(data, each, False, True), data), spec).latency_ms
+        for each in (weights, constant(20, 32))
+    ]
+    assert times == pytest.approx([640 + 2 * 4 * 52, 2 * 640 + 2 * 4 * 52]), "a byte each, and two, in microseconds"
 
 
 def test_elementwise_layers_run_inside_their_producer():

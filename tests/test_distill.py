@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'vinoopt[distill]'")
 
 import vinoopt  # noqa: E402
-from vinoopt.accuracy.datasets import from_arrays  # noqa: E402
+from vinoopt.accuracy.datasets import Dataset, from_arrays  # noqa: E402
 from vinoopt.compression.quantize import quantize  # noqa: E402
 from vinoopt.distillation.augment import find_augment, image_axes  # noqa: E402
 from vinoopt.distillation.distiller import Distilled, Run, last_rate, train  # noqa: E402
@@ -316,11 +317,15 @@ def test_the_range_of_weights_learns_from_all_of_them() -> None:
 )
 def test_images_are_told_from_other_inputs(shape: tuple[int, ...], axes: tuple[int, int] | None) -> None:
     assert image_axes(shape) == axes
-    assert (find_augment([shape]) is None) is (axes is None)
+    image = torch.zeros(shape, dtype=torch.uint8)
+    assert (find_augment([image]) is None) is (axes is None)
+    assert find_augment([image, image]) is None
+    is_surely_one = axes is not None and 3 in (shape[1], shape[3])
+    assert (find_augment([image.float()]) is not None) is is_surely_one, "one channel of floats may be a spectrogram"
 
 
 def test_altered_images_stay_in_range_and_follow_the_seed() -> None:
-    augment = find_augment([(1, SIDE, SIDE, 3)])
+    augment = find_augment([torch.zeros((1, SIDE, SIDE, 3))])
     assert augment is not None
     images = torch.from_numpy(RNG.integers(0, 256, (8, SIDE, SIDE, 3)))
     once, twice, other = (augment([images], torch.Generator().manual_seed(s))[0] for s in (0, 0, 1))
@@ -410,3 +415,103 @@ def test_what_others_judge_later_comes_out_trained() -> None:
     assert given.outcome.best_step > 0
 
 
+
+
+def attentive(shift: float = 0.0) -> ov.Model:
+    """A classifier of sequences of any length whose places can be masked out, the mask minus infinity."""
+    rng = np.random.default_rng(5)
+
+    def weights(*shape: int) -> ov.Node:
+        values = rng.normal(size=shape, scale=0.5) + shift * rng.normal(size=shape)
+        return op.constant(values.astype(np.float32))
+
+    x, live = op.parameter([1, -1, 8], np.float32, name="x"), op.parameter([1, -1], np.float32, name="live")
+    x.output(0).set_names({"x"})
+    live.output(0).set_names({"live"})
+    h = op.add(x, op.tanh(op.matmul(x, weights(8, 8), False, False)))
+    bias = op.unsqueeze(op.log(live), op.constant(1))  # 0 or minus infinity
+    scores = op.add(op.matmul(h, h, False, True), bias)
+    h = op.add(h, op.matmul(op.matmul(op.softmax(scores, -1), h, False, False), weights(8, 8), False, False))
+    logits = op.matmul(op.reduce_mean(h, op.constant(1), False), weights(8, CLASSES), False, False)
+    return ov.Model([logits], [x, live], "attentive")
+
+
+def sequences(lengths: Any) -> Dataset:
+    rng = np.random.default_rng(1)
+    calls = [
+        {
+            "x": rng.normal(size=(1, length, 8)).astype(np.float32),
+            "live": (np.arange(length)[None] < length - length // 4).astype(np.float32),
+        }
+        for length in lengths
+    ]
+    return Dataset(reader=calls)
+
+
+@pytest.mark.parametrize("lengths", [[4 + n % 5 for n in range(48)], [6] * 3 + [4 + n % 5 for n in range(45)]])
+def test_sequences_of_different_lengths_are_learnt_from_and_masks_are_left_alone(lengths: list[int]) -> None:
+    settings = {"steps": 60, "batch": 8, "threads": 1, "peak_rate": 0.01}
+    result = vinoopt.distill(attentive(0.05), teacher=attentive(), data=sequences(lengths), **settings)
+    assert result.is_better
+    assert result.outcome.best_loss < 0.5 * result.outcome.first_loss
+    names = {node.get_type_name() for node in result.model.get_ops()}
+    assert {"Softmax", "Log"} <= names
+
+
+def test_open_sizes_do_not_hide_how_much_a_step_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vinoopt.distillation.distiller.STEP_BYTES", 4 << 20)
+    teacher, student = network(), network(seed=1)
+    for model in (teacher, student):
+        model.reshape({0: ov.PartialShape([-1, 3, SIDE, SIDE])})
+        for node in model.get_ops():  # the graph is made for one call otherwise
+            if node.get_type_name() == "Reshape":
+                node.input(1).replace_source_output(op.constant([-1, 8]).output(0))
+        model.validate_nodes_and_infer_types()
+    seen: list[int] = []
+
+    def watch(inputs: Any, generator: Any) -> Any:
+        seen.append(len(inputs[0]))
+        return list(inputs)
+
+    vinoopt.distill(student, teacher=teacher, data=data(), steps=4, batch=64, augment=watch, threads=1)
+    assert 1 <= max(seen) < 48
+
+
+def test_labels_of_a_dataset_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = pair()
+    labelled = from_arrays(
+        IMAGES,
+        inputs=[TensorSpec(name="x", shape=(1, 3, SIDE, SIDE), dtype="float32")],
+        labels=RNG.integers(0, CLASSES, len(IMAGES)),
+    )
+    settings = {"teacher": teacher, "data": labelled, "steps": 4, "batch": 16, "threads": 1}
+    plans = [vinoopt.distill(student, **settings, labels=labels).plan for labels in (None, True)]
+    assert [plan.label_weight for plan in plans] == [0.0, 0.3]
+    with pytest.raises(InputError, match="labels=True"):
+        vinoopt.distill(student, **settings, labels=[1, 2])
+
+
+def test_maps_behind_a_softmax_have_the_divergence_of_every_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn((2, 4, 6, 5), generator=generator)
+    before = output_loss(maps, ending="Softmax", class_axis=1, is_finished=False)
+    behind = output_loss(maps.softmax(1), ending="Softmax", class_axis=1)
+    other = maps + 0.3 * torch.randn(maps.shape, generator=generator)
+    expected = torch.nn.functional.kl_div(
+        other.log_softmax(1), maps.log_softmax(1), reduction="sum", log_target=True
+    ) / (2 * 6 * 5)
+    assert float(before(other, maps)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(behind(other.softmax(1), maps.softmax(1))) == pytest.approx(float(expected), rel=1e-4)
+    assert float(before(other + 1.5, maps)) == pytest.approx(float(expected), rel=1e-4), "a shift is not seen"
+    assert before.agreement is not None and 0.5 < float(before.agreement(other, maps)) < 1
+
+
+def test_scores_that_are_ruled_out_count_nothing() -> None:
+    scores = torch.tensor([[1.0, 2.0, -math.inf], [3.0, 0.5, -math.inf]])
+    loss = output_loss(scores)
+    assert float(loss(scores, scores)) == 0
+    other = (scores + torch.tensor([0.2, -0.2, 0.0])).requires_grad_()
+    value = loss(other, scores)
+    value.backward()
+    assert 0 < float(value.detach()) < 1
+    assert bool(torch.isfinite(other.grad).all())

@@ -356,6 +356,28 @@ def test_what_is_no_faster_in_the_end_has_bought_nothing(tmp_path: Path) -> None
     assert "bought nothing" in result.reasons[-1] and "0.99x" in result.reasons[-1]
 
 
+def test_what_cannot_be_trained_is_told_and_nothing_else_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path / "cache"))
+    files = demo_files()
+    with np.load(files.data) as digits:
+        images, labels = digits["images"][:40], digits["labels"][:40]
+    bundle = vinoopt.compile(
+        files.model,
+        data=images,
+        labels=labels,
+        preprocess=read_preprocess(files.preprocess),
+        effort="distill",
+        quantize=False,
+        prune=False,
+        tune=False,
+        output=tmp_path / "out",
+    )
+    (result,) = bundle.manifest.targets
+    assert any(reason.startswith("nothing was distilled: 12 inputs are too few") for reason in result.reasons)
+
+
 @pytest.mark.slow
 def test_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "STAGE_S", 20.0)

@@ -52,6 +52,8 @@ class LayerCost(Record):
     """Products that are added up; two operations each."""
     weights: int
     """Elements of constants that the layer reads."""
+    stored_bytes: float
+    """Of them, as f32 or as the integers that they are stored in."""
     activations: int
     """Elements of tensors that the layer reads and writes."""
     is_modelled: bool = True
@@ -157,7 +159,7 @@ def _rate(spec: DeviceSpec, precision: Precision, *, is_slow: bool) -> float:
 
 def _layer_time(cost: LayerCost, precision: Precision, *, bandwidth: float, gops: float) -> LayerTime:
     operations = 2.0 * cost.macs
-    moved = (cost.weights + cost.activations) * _BYTES[precision]
+    moved = min(cost.weights * _BYTES[precision], cost.stored_bytes) + cost.activations * _BYTES[precision]
     return LayerTime(
         name=cost.name,
         type=cost.type,
@@ -217,9 +219,19 @@ def _cost(node: ov.Node, constants: set[str]) -> Iterator[LayerCost]:
         type=kind,
         macs=_MACS[kind](node) if kind in _MACS else 0,
         weights=sum(_size(port) for port in held),
+        stored_bytes=sum(_size(port) * _element_bytes(port) for port in held),
         activations=sum(_size(port) for port in ports),
         is_modelled=kind not in _NOT_MODELLED,
     )
+
+
+def _element_bytes(port: ov.Output) -> float:
+    """Of an element of the constant behind a chain of operators that unpack it."""
+    node = port.get_node()
+    while node.get_type_name() in _CONSTANT_CARRIERS:
+        node = node.input_value(0).get_node()
+    kind = node.get_output_element_type(0)
+    return kind.bitwidth / 8 if kind.is_integral() else _BYTES[Precision.F32]
 
 
 def _constant_nodes(model: ov.Model) -> set[str]:

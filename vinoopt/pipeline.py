@@ -33,7 +33,7 @@ from vinoopt.compression.widths import refit_calls
 from vinoopt.compression.workload import refit_workload
 from vinoopt.distillation.needs import require_torch
 from vinoopt.distillation.stage import STAGE_S, StageOptions, distill_beyond
-from vinoopt.errors import DataError, DeviceError, InputError, MetricError, ToolchainError
+from vinoopt.errors import DataError, DeviceError, DistillationError, InputError, MetricError, ToolchainError
 from vinoopt.fleet import Line, connected
 from vinoopt.forecast import Forecast
 from vinoopt.frontend.normalize import SourceModel, load_model, require_static
@@ -80,6 +80,8 @@ _LEAST_TUNING_S = 4.0
 _CONTRACTIONS = frozenset(
     {"Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul", "LSTMSequence", "GRUSequence"}
 )
+_LEARNT = 5000
+"""Samples that training learns from at most, of data that are not given for calibration."""
 SEARCH_SHARE = 0.35
 """Of a time limit, what the training-free search has where candidates are distilled after it."""
 HELD_BYTES = 512 << 20
@@ -536,7 +538,8 @@ def _splits(
 
     parts = split(
         load(handed.data, handed.labels),
-        subset_size=request.subset_size,
+        # Training learns from more than what NNCF's statistics take, which are of the first ones all the same.
+        subset_size=max(request.subset_size, _LEARNT) if request.effort == DISTILL else request.subset_size,
         seed=request.seed,
         calibration=None if handed.calibration_data is None else load(handed.calibration_data, None),
         test=None if handed.test_data is None else load(handed.test_data, handed.test_labels),
@@ -707,9 +710,14 @@ def _choose_for(
     def say(text: str) -> None:
         material.say(Event(stage="search", message=f"{target}: {text}"))
 
-    found = search(judge, _before_training(options, material.request), say=say)
-    if material.request.effort == DISTILL and not found.is_interrupted:
-        found = distill_beyond(judge, found, StageOptions(deadline=options.deadline, seed=options.seed), say=say)
+    trains, why_not = _can_train(material)
+    found = search(judge, _before_training(options) if trains else options, say=say)
+    if why_not:
+        found = replace(found, reasons=(*found.reasons, f"nothing was distilled: {why_not}"))
+    if trains and not found.is_interrupted:
+        limit_s = material.request.time_limit_s
+        stage_options = StageOptions(deadline=options.deadline, limit_s=limit_s, seed=options.seed)
+        found = distill_beyond(judge, found, stage_options, say=say)
     test = TestPart(data=splits.test, reference=material.test_reference)
     with material.forecast.stage("choose"):
         is_late = options.deadline is not None and time.monotonic() > options.deadline + _HURRY_S
@@ -724,9 +732,25 @@ def _choose_for(
     return replace(choice, interrupted=found.is_interrupted)
 
 
-def _before_training(options: SearchOptions, request: CompileRequest) -> SearchOptions:
+def _can_train(material: Material) -> tuple[bool, str]:
+    """Whether candidates are to be trained after the search, and why not, where that was asked for in vain.
+
+    Known before the search, which else would have less time for nothing.
+    """
+    if material.request.effort != DISTILL:
+        return False, ""
+    from vinoopt.distillation.school import check_can_teach
+
+    try:
+        check_can_teach(material.source.model, len(material.splits.calibration))
+    except DistillationError as exc:
+        return False, str(exc)
+    return True, ""
+
+
+def _before_training(options: SearchOptions) -> SearchOptions:
     """The options with the part of the time that the search has where candidates are trained after it."""
-    if request.effort != DISTILL or options.deadline is None:
+    if options.deadline is None:
         return options
     now = time.monotonic()
     return replace(options, deadline=now + SEARCH_SHARE * max(options.deadline - now, 0.0))

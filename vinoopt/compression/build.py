@@ -50,6 +50,11 @@ class Workshop:
     _pruned: OrderedDict[str, ov.Model] = field(default_factory=OrderedDict)
     _pairs: OrderedDict[str, QuantizedPair] = field(default_factory=OrderedDict)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether an earlier run left quantized models."""
+        return any(self.store.folder.glob(f"int8-{self.device.value.lower()}-*.xml"))
+
     def build(self, plan: CompressionPlan) -> ov.Model:
         """The model of `plan`, independent of every other one.
 

@@ -48,7 +48,11 @@ class SearchOptions:
     @property
     def table_deadline(self) -> float | None:
         """A table may use half of the time that is left: the other half is for judging candidates."""
+        return self.deadline_of(0.5)
+
+    def deadline_of(self, share: float) -> float | None:
+        """When this share of the time that is left will have passed, in `time.monotonic` seconds."""
         if self.deadline is None:
             return None
         now = time.monotonic()
-        return now + max(self.deadline - now, 0.0) / 2
+        return now + share * max(self.deadline - now, 0.0)

@@ -14,7 +14,7 @@ from vinoopt.compression.frontier import FLOAT, INT8, FrontierPoint
 from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
 from vinoopt.compression.options import ROUNDS, SearchOptions
 from vinoopt.compression.precision import find_blocks
-from vinoopt.compression.quantize import RANGES
+from vinoopt.compression.quantize import kept_bytes
 from vinoopt.compression.refusal import find_refused
 from vinoopt.compression.sensitivity import block_damages
 from vinoopt.errors import DeviceError, ToolchainRefused
@@ -27,6 +27,12 @@ _FASTER = 0.99
 _RUN = 4
 """Blocks in a row that share their label in one of the mixes that are timed to learn what conversions cost."""
 _TOGETHER = "of those that do less damage than plain INT8, together"
+_RECIPES_SHARES = {False: 0.25, True: 0.1}
+"""Whether plain INT8 is inside the budget -> share of the time that is left for other recipes."""
+_MOST_KEPT = 2 << 30
+"""Bytes of activations that a recipe may keep."""
+_MILDER = 0.75
+"""Share of plain INT8's damage from which down another recipe takes its place, where that is inside the budget."""
 _RESERVES = {"fast": (0.5,), "balanced": (0.5, 0.2), "thorough": (0.7, 0.4, 0.15)}
 """Shares of the best candidate's predicted damage at which safer ones are judged, by effort: the test part may
 refuse what the search part let pass, and the next candidate must not be the float model."""
@@ -42,22 +48,13 @@ class PrecisionTables:
     """Time that INT8 saves in each block's own kernels on the target; negative where it costs."""
     refused: frozenset[str]
     """Blocks that the target's compiler does not take in INT8."""
+    recipe: QuantizationPlan | None
+    """What does the least damage; None where nothing is quantized."""
     reasons: tuple[str, ...]
 
 
-def search_precisions(
-    judge: Judge, options: SearchOptions, *, say: Callable[[str], None]
-) -> PrecisionTables:
-    """Judges candidates with some blocks in float; anchors must have been judged before."""
-    run = _Run(judge=judge, options=options, say=say)
-    run.all()
-    return PrecisionTables(
-        damages=run.damages, gains_us=run.gains, refused=frozenset(run.refused), reasons=tuple(run.reasons)
-    )
-
-
-class _Run:
-    """One search over precisions and what it has learnt so far."""
+class PrecisionSearch:
+    """One search over precisions and what it has learnt so far; anchors must have been judged before."""
 
     def __init__(self, *, judge: Judge, options: SearchOptions, say: Callable[[str], None]) -> None:
         self.judge = judge
@@ -66,14 +63,27 @@ class _Run:
         self.damages: dict[str, float] = {}
         self.gains: dict[str, float] = {}
         self.refused: frozenset[str] = frozenset()
+        self.recipe: QuantizationPlan | None = None
         self.reasons: list[str] = []
         self.seen: list[tuple[frozenset[str], float]] = []
         """Mixes that were timed: blocks in float, and microseconds beyond INT8 throughout."""
         self.int8_us = math.nan
         """INT8 throughout, in the unit of trials."""
 
-    def all(self) -> None:
-        recipe = self._recipe()
+    @property
+    def tables(self) -> PrecisionTables:
+        """What is known by now."""
+        return PrecisionTables(
+            damages=self.damages,
+            gains_us=self.gains,
+            refused=self.refused,
+            recipe=self.recipe,
+            reasons=tuple(self.reasons),
+        )
+
+    def run(self) -> None:
+        """Judge candidates with some blocks in float."""
+        recipe = self.recipe = self._recipe()
         if recipe is None or self.options.is_late:
             return
         precision = self._rest_precision()
@@ -91,6 +101,8 @@ class _Run:
             self.reasons.append(f"INT8 cannot be timed on {self.judge.yardstick.target}: {exc}")
             return
         if any(t.state is TrialState.COMPLETE and t.plan.quantization is not None for t in self.judge.trials):
+            if not self.judge.knows(whole) and recipe.float_layers == self.options.base.float_layers:
+                self._judge_floats(whole, (), "the recipe of least damage")
             self._without_losers(whole, blocks)
             return
         if not self._can_pay(whole):
@@ -106,18 +118,32 @@ class _Run:
     # ------------------------------------------------------------------ what is quantized, and how
 
     def _recipe(self) -> QuantizationPlan | None:
-        """The quantizer's recipe with the least damage when every block is INT8; None where all fail."""
+        """The quantizer's recipe with the least damage when every block is INT8; None where all fail.
+
+        Where plain INT8 is inside the budget already, only among those that change no time: what they leave of the
+        budget can be spent on pruning.
+        """
         base = self.options.base
-        inside = [t for t in self.judge.trials if t.state is TrialState.COMPLETE]
-        if any(t.plan.quantization is not None for t in inside):
+        is_inside = any(t.state is TrialState.COMPLETE and t.plan.quantization is not None for t in self.judge.trials)
+        fits = kept_bytes(self.judge.workshop.source, base) <= min(self.options.memory_bytes / 2, _MOST_KEPT)
+        recipes = _recipes(base, self.options, only_free=is_inside, fits=fits)
+        if is_inside and len(recipes) == 1:
             return base
+        deadline = self.options.deadline_of(_RECIPES_SHARES[is_inside])
         damages: dict[str, tuple[float, QuantizationPlan]] = {}
-        for name, recipe in _recipes(base, self.options).items():
-            if damages and self.options.is_late:
+
+        took_s = max((t.seconds for t in self.judge.trials if t.plan.quantization is not None), default=0.0)
+
+        def is_late() -> bool:
+            return deadline is not None and time.monotonic() + took_s > deadline
+
+        for number, (name, recipe) in enumerate(recipes.items()):
+            if damages and is_late():
                 break
+            self._expect((len(recipes) - number) * took_s, trials=0)
             damages[name] = (self._damage_of_recipe(name, recipe), recipe)
         better = [entry for entry in damages.values() if entry[0] < damages["plain"][0]]
-        if len(better) > 1 and not self.options.is_late:
+        if len(better) > 1 and not is_late():
             together = _together(base, [recipe for _, recipe in sorted(better, key=lambda entry: -entry[0])])
             damages[_TOGETHER] = (self._damage_of_recipe(_TOGETHER, together), together)
         damages = {name: entry for name, entry in damages.items() if math.isfinite(entry[0])}
@@ -125,8 +151,13 @@ class _Run:
             self.reasons.append("no recipe of the quantizer gives a model that runs")
             return None
         best = min(damages, key=lambda name: damages[name][0])
+        if is_inside and damages[best][0] > _MILDER * damages["plain"][0]:
+            return base
         if best != "plain":
-            self.reasons.append(f"recipe {best} does less damage than plain INT8 and is the ground of the search")
+            ratio = damages[best][0] / damages["plain"][0]
+            self.reasons.append(
+                f"recipe {best}: {ratio:.0%} of the damage of plain INT8, and the ground of the search"
+            )
         return damages[best][1]
 
     def _damage_of_recipe(self, name: str, recipe: QuantizationPlan) -> float:
@@ -413,23 +444,27 @@ def _telling_mixes(blocks: Sequence[str]) -> list[set[str]]:
     return [mix for mix in mixes if mix]
 
 
-def _recipes(base: QuantizationPlan, options: SearchOptions) -> dict[str, QuantizationPlan]:
-    """Recipes worth comparing when plain INT8 is over budget, by effort.
+def _recipes(
+    base: QuantizationPlan, options: SearchOptions, *, only_free: bool, fits: bool
+) -> dict[str, QuantizationPlan]:
+    """Recipes worth comparing, by effort; with `only_free`, those that leave the kernels as they are.
 
-    Asymmetric activations and ranges that cut nothing off are what helps most, each on models of its own.
+    How ranges are found and biases corrected takes no time in the result. Asymmetric activations may. `fits` says
+    whether the activations that accurate bias correction keeps fit into memory.
     """
     recipes = {"plain": base}
     if options.effort == "fast":
         return recipes
-    if base.preset is None and not base.is_transformer:
-        recipes["mixed preset"] = serde.replace(base, preset=Preset.MIXED)
-    ranges = RANGES if options.effort == "thorough" else ("minmax",)
-    if base.activation_range is None:
-        recipes |= {f"{name} ranges": serde.replace(base, activation_range=name) for name in ranges}
-    if options.effort == "thorough":
-        recipes["accurate bias correction"] = serde.replace(base, fast_bias_correction=False)
-        if base.is_transformer:
+    if not only_free:
+        if base.preset is None and not base.is_transformer:
+            recipes["mixed preset"] = serde.replace(base, preset=Preset.MIXED)
+        if options.effort == "thorough" and base.is_transformer:
             recipes["weaker smoothing"] = serde.replace(base, smooth_quant_alpha=0.5)
+    if base.activation_range is None:
+        ranges = ("minmax", "histogram") if options.effort == "thorough" else ("minmax",)
+        recipes |= {f"{name} ranges": serde.replace(base, activation_range=name) for name in ranges}
+    if base.fast_bias_correction and fits:
+        recipes["accurate bias correction"] = serde.replace(base, fast_bias_correction=False)
     return recipes
 
 

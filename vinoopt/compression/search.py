@@ -22,12 +22,12 @@ from vinoopt.alarm import TimeIsUp, until
 from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge, first_line
 from vinoopt.compression.options import ROUNDS as ROUNDS
 from vinoopt.compression.options import SearchOptions as SearchOptions
-from vinoopt.compression.precision_search import latency_of, search_precisions
+from vinoopt.compression.precision_search import PrecisionSearch, latency_of
 from vinoopt.compression.quantize import calibration_bytes, import_nncf
 from vinoopt.compression.weight_search import search_weights
 from vinoopt.compression.width_search import BlockTables, WidthSearch
 from vinoopt.compression.widths import prepare
-from vinoopt.records import CompressionPlan, GroupWidth, Trial, TrialState
+from vinoopt.records import CompressionPlan, GroupWidth, QuantizationPlan, Trial, TrialState
 
 Beyond: TypeAlias = Callable[[float], tuple[CompressionPlan, ...]]
 """From a share of the time of the best plan without pruning to plans of little damage that are predicted to take no
@@ -54,14 +54,22 @@ class SearchResult:
     @property
     def candidates(self) -> tuple[Trial, ...]:
         """Trials inside the budget that have a latency, the fastest first; of models that differ only by their
-        training, which changes no time, the one with the least drop."""
+        training, or by how ranges and biases were found, which changes no time, the one with the least drop."""
         inside = [t for t in self.trials if t.state is TrialState.COMPLETE and t.latency is not None]
         unique: dict[CompressionPlan, Trial] = {}
         for trial in inside:
-            plan = serde.replace(trial.plan, distillation=None)
+            plan = _timeless(trial.plan)
             if plan not in unique or (trial.likely_drop or 0.0) <= (unique[plan].likely_drop or 0.0):
                 unique[plan] = trial
         return tuple(sorted(unique.values(), key=latency_of))
+
+
+def _timeless(plan: CompressionPlan) -> CompressionPlan:
+    """What every plan has in common with this one that runs the same kernels."""
+    recipe = plan.quantization
+    if recipe is not None:
+        recipe = serde.replace(recipe, activation_range=None, fast_bias_correction=True)
+    return serde.replace(plan, quantization=recipe, distillation=None)
 
 
 def search(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) -> SearchResult:
@@ -107,16 +115,20 @@ class _Run:
         self.damages: Mapping[str, float] = {}
         self.gains: Mapping[str, float] = {}
         self.refused: frozenset[str] = frozenset()
+        self.recipe: QuantizationPlan | None = None
         self.beyond: Beyond | None = None
         self.reasons: list[str] = []
-        needed, free = calibration_bytes(judge.workshop.source), options.memory_bytes
-        self.can_calibrate = needed <= free
-        """Whether statistics of the model's activations fit into memory."""
-        if not self.can_calibrate and (options.quantize or options.prune):
+        self.can_calibrate = judge.workshop.is_calibrated or judge.shared.once("can calibrate", self._can_calibrate)
+
+    def _can_calibrate(self) -> bool:
+        """Whether statistics of the model's activations fit into memory; the same for all targets."""
+        needed, free = calibration_bytes(self.judge.workshop.source), self.options.memory_bytes
+        if needed > free and (self.options.quantize or self.options.prune):
             self.reasons.append(
-                f"calibration of this model takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: "
+                f"calibration of this model takes {needed / 2**20:.0f} MiB or more, and {free / 2**20:.0f} are free: "
                 "its weights are compressed without data, and nothing is pruned"
             )
+        return needed <= free
 
     def baselines(self) -> None:
         """What all else is compared with."""
@@ -132,8 +144,11 @@ class _Run:
         }
         for name, (is_wanted, run) in stages.items():
             with self.judge.forecast.stage(name):
-                if is_wanted:
-                    run()
+                try:
+                    if is_wanted:
+                        run()
+                except CANDIDATE_ERRORS as exc:  # what the other stages find is not lost with it
+                    self.reasons.append(f"the search of {name} broke off at: {self.doing}: {first_line(exc)}")
 
     def say(self, text: str) -> None:
         """Tell what is being done, and remember it."""
@@ -167,10 +182,14 @@ class _Run:
         """Candidates with some blocks in float: where INT8 hurts, and where it does not pay."""
         if self.options.is_late:
             return
-        found = search_precisions(self.judge, self.options, say=self.say)
-        self.damages, self.gains = found.damages, found.gains_us
-        self.refused = found.refused
-        self.reasons += found.reasons
+        stage = PrecisionSearch(judge=self.judge, options=self.options, say=self.say)
+        try:
+            stage.run()
+        finally:  # the time limit, or an interrupt, may end it from within
+            found = stage.tables
+            self.damages, self.gains = found.damages, found.gains_us
+            self.refused, self.recipe = found.refused, found.recipe
+            self.reasons += found.reasons
 
     def weights(self) -> None:
         """Candidates that store weights in fewer bits and compute in float."""
@@ -188,9 +207,19 @@ class _Run:
             self.reasons.append("nothing was pruned: not even the float model could be timed inside the budget")
             return
         try:
-            self._widths(min(inside, key=latency_of).plan)
+            self._widths(self._milder(min(inside, key=latency_of).plan))
         except CANDIDATE_ERRORS as exc:
             self.reasons.append(f"pruning was left out: {first_line(exc)}")
+
+    def _milder(self, plan: CompressionPlan) -> CompressionPlan:
+        """The plan by the recipe that was found to damage least, where that is inside the budget too."""
+        if self.recipe is None or plan.quantization is None:
+            return plan
+        recipe = serde.replace(self.recipe, float_layers=plan.quantization.float_layers)
+        milder = serde.replace(plan, quantization=recipe)
+        if not self.judge.knows(milder):
+            self.judge.judge(milder, note="the recipe of least damage")
+        return milder if any(t.plan == milder for t in self._inside()) else plan
 
     def _widths(self, ground: CompressionPlan) -> None:
         workshop = self.judge.workshop

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import openvino as ov
 
 from vinoopt import serde
+from vinoopt.compression.activations import Sample, in_order
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.options import SearchOptions
 from vinoopt.compression.precision_search import latency_of
@@ -38,8 +40,8 @@ class WeightTraffic:
     """Weights and activations of all layers."""
     shared: tuple[str, ...] = ()
     """Layers whose weights are used more often: unpacking them would cost more than it saves."""
-    bound: tuple[str, ...] = ()
-    """The other layers with weights."""
+    bound: Mapping[str, int] = field(default_factory=dict)
+    """The other layers with weights, and how many bytes those are."""
 
     @property
     def is_bound(self) -> bool:
@@ -53,27 +55,35 @@ class WeightTraffic:
         )
 
 
-def weigh(model: ov.Model) -> WeightTraffic | None:
-    """The traffic of the model; None where its shapes are not fixed."""
+def weigh(model: ov.Model, sample: Sample | None = None) -> WeightTraffic | None:
+    """The traffic of the model, with a `sample` of inputs that are sized like it; None where shapes stay open."""
+    if model.is_dynamic() and sample is not None:
+        model = model.clone()
+        given = zip(model.inputs, in_order(model, dict(sample)), strict=True)
+        model.reshape({port: ov.PartialShape(array.shape) for port, array in given})
     try:
         costs = layer_costs(model)
     except ShapeError:
         return None
-    fetched = sum(4 * each.weights for each in costs if 0 < each.macs <= REUSE * each.weights)
-    weighted = {each.name for each in costs if each.weights}
+    bound = {each.name: 4 * each.weights for each in costs if 0 < each.macs <= REUSE * each.weights}
     shared = {each.name for each in costs if each.weights and each.macs > REUSE * each.weights}
     moved = sum(4 * (each.weights + each.activations) for each in costs)
-    bound = tuple(sorted(weighted - shared))
-    return WeightTraffic(fetched=fetched, moved=moved, shared=tuple(sorted(shared)), bound=bound)
+    return WeightTraffic(
+        fetched=sum(bound.values()), moved=moved, shared=tuple(sorted(shared)), bound=MappingProxyType(bound)
+    )
 
 
 def search_weights(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) -> list[str]:
     """Judges weight-only candidates where they can pay; gives sentences for the report."""
     failed = all(t.state is TrialState.FAILED for t in judge.trials if t.plan.quantization is not None)
-    traffic = weigh(judge.workshop.source)
+    traffic = weigh(judge.workshop.source, judge.data[0])
     if not failed and (traffic is None or not traffic.is_bound):
-        if traffic is None or not traffic.fetched:
+        if traffic is None:
+            return ["weight-only compression was left out: the model's shapes stay open"]
+        if not traffic.fetched:
             return []
+        if beside := list(_beside_int8(judge, options, traffic)):
+            return [f"weights of float blocks were stored in 8 bits: {'; '.join(map(_words, beside))}"]
         least = f"it is tried from {LEAST_BYTES / 2**20:.0f} MiB and {LEAST_SHARE:.0%} on"
         return [f"weight-only compression was left out: {traffic}; {least}"]
     why = "it cannot be quantized otherwise" if failed else str(traffic)
@@ -113,7 +123,7 @@ def _beside_int8(judge: Judge, options: SearchOptions, traffic: WeightTraffic | 
     if best is None or best.plan.quantization is None or traffic is None or options.is_late:
         return
     chosen = set(best.plan.quantization.float_layers) & set(traffic.bound) - set(options.base.float_layers)
-    if chosen:
+    if sum(traffic.bound[name] for name in chosen) >= LEAST_BYTES:
         others = {*traffic.bound, *traffic.shared} - chosen
         weights = WeightCompressionPlan(float_layers=tuple(sorted(others)))
         note = f"weights of {len(chosen)} float blocks in 8 bits"

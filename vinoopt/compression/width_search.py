@@ -419,7 +419,7 @@ class WidthSearch:
         if plan not in self._rough:
             model = self.kit.cut(plan.widths).model
             if plan.quantization is not None:
-                recipe = serde.replace(plan.quantization, subset_size=_TIMING_SAMPLES)
+                recipe = serde.replace(plan.quantization, subset_size=_TIMING_SAMPLES, fast_bias_correction=True)
                 workshop = self.judge.workshop
                 model = quantize(model, recipe, workshop.calibration, device=workshop.device)
             self._rough[plan] = model

@@ -38,12 +38,18 @@ def image_axes(shape: Sequence[int]) -> tuple[int, int] | None:
     return None
 
 
-def find_augment(shapes: Sequence[Sequence[int]], *, mixes: bool = True) -> Augment | None:
-    """The augmentation for a model's inputs; None where none of them is an image."""
-    if len(shapes) != 1:
+def find_augment(call: Sequence[Any], *, mixes: bool = True) -> Augment | None:
+    """The augmentation for a model's inputs, from one call; None where it is not an image, or not surely one.
+
+    One channel of floats may as well be a spectrogram, which neither mirrored nor shifted is one.
+    """
+    if len(call) != 1:
         return None
-    axes = image_axes(shapes[0])
-    return None if axes is None else ImageAugment(axes, mixes=mixes)
+    (x,) = call
+    axes = image_axes(x.shape)
+    if axes is None or (x.is_floating_point() and 3 not in (x.shape[1], x.shape[3])):
+        return None
+    return ImageAugment(axes, mixes=mixes)
 
 
 class ImageAugment:

@@ -15,12 +15,20 @@ import torch
 
 from vinoopt.distillation.augment import Augment, find_augment
 from vinoopt.distillation.equality import check_batches, check_equality
-from vinoopt.distillation.losses import Loss, is_row_shape, output_loss, relative_error
+from vinoopt.distillation.losses import Loss, is_row_shape, output_loss, relative_error, stacked
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.rules import failing, wide
-from vinoopt.distillation.school import CHECKED, School, bytes_of, device, digest_of
+from vinoopt.distillation.school import CHECKED, School, bytes_of, digest_of, sized_like
 from vinoopt.distillation.standing import Departure
-from vinoopt.distillation.training import Batch, Material, Outcome, Progress, Training, TrainingSettings
+from vinoopt.distillation.training import (
+    NOT_FINITE,
+    Batch,
+    Material,
+    Outcome,
+    Progress,
+    Training,
+    TrainingSettings,
+)
 from vinoopt.distillation.weights import Key
 from vinoopt.errors import DataError, DistillationError
 from vinoopt.records import DistillationPlan
@@ -106,7 +114,7 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
         mirror = Mirror(work)
         check_equality(mirror, school.inputs[:CHECKED])
         material = _material(mirror, school, plan, run)
-    mirror.place(device())
+    mirror.place(school.device)
     departure = Departure(school)
     before = departure.of(student)
     run.say(f"training on {len(school.inputs)} inputs, {len(school.judged)} kept for judgement", 0, plan.runs[-1])
@@ -128,6 +136,8 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
         signature=f"{plan.model_dump_json()} {digest_of(student)} {school.digest}" if run.checkpoint else "",
         on_progress=lambda progress: run.say(progress_words(progress), progress.step, progress.steps),
     ).run()
+    if outcome.reason == NOT_FINITE and not outcome.best_step:
+        raise DistillationError(f"the loss was not finite in step {outcome.steps}, so nothing could be learnt")
     with failing("writing what was trained"):
         mirror.write()
         trained: ov.Model = work.clone()
@@ -181,43 +191,45 @@ def progress_words(progress: Progress) -> str:
 
 def _material(student: Mirror, school: School, plan: DistillationPlan, run: Run) -> Material:
     inputs, teacher = school.inputs, school.mirror
-    shapes = [tuple(x.shape) for x in inputs[0]]
-    augment = run.augment or (find_augment(shapes, mixes=not plan.label_weight) if plan.augments else None)
+    augment = run.augment or (find_augment(inputs[0], mixes=not plan.label_weight) if plan.augments else None)
     pairs = list(_output_pairs(student, teacher))
     inner = _inner_keys(student, teacher, inputs[0]) if plan.inner_weight else []
     student_keys = [*(own for own, _, _ in pairs), *(own for own, _ in inner)]
     teacher_keys = [*(its for _, its, _ in pairs), *(its for _, its in inner)]
-    examples = _examples(teacher, inputs[:_EXAMPLES], teacher_keys)
     count = len(pairs)
+    examples = _examples(teacher, inputs[:_EXAMPLES], teacher_keys)
+    # Masks hold what is not finite: nothing can be matched there.
+    matched = [n for n, (values, _) in enumerate(examples) if n < count or bool(torch.isfinite(values).all())]
+    is_batched = school.is_batched and check_batches(student, inputs[:3])
     return Material(
         inputs=inputs,
         held=school.held,
-        student_keys=student_keys,
-        teacher_keys=teacher_keys,
+        student_keys=[student_keys[n] for n in matched],
+        teacher_keys=[teacher_keys[n] for n in matched],
         loss=Loss(
             outputs=[
-                output_loss(values, ending=ending, is_finished=ending is None)
-                for values, (_, _, ending) in zip(examples[:count], pairs, strict=True)
+                output_loss(values, open_axes=axes, is_finished=not ending, are_scores=school.are_scores, **ending)
+                for (values, axes), (_, _, ending) in zip(examples[:count], pairs, strict=True)
             ],
-            inner=[relative_error(values) for values in examples[count:]],
+            inner=[relative_error(examples[n][0], open_axes=examples[n][1]) for n in matched[count:]],
         ),
         augment=augment,
-        together=_together(student, plan) if school.is_batched and check_batches(student, inputs[:3]) else 1,
+        together=_together(student, plan, inputs[0]) if is_batched else 1,
         labels=school.labels if plan.label_weight else None,
         label_weight=plan.label_weight,
     )
 
 
-def _output_pairs(student: Mirror, teacher: Mirror) -> Iterator[tuple[Key, Key, str | None]]:
+def _output_pairs(student: Mirror, teacher: Mirror) -> Iterator[tuple[Key, Key, dict[str, Any]]]:
     """What is compared per output, and the operator that would make scores of it: its inputs, where both have it."""
     outputs = student.model.outputs
     ends = zip(student.endings, teacher.endings, student.results, teacher.results, outputs, strict=True)
     for own, its, own_result, its_result, output in ends:
         is_same = own is not None and its is not None and own.kind == its.kind
         if is_same and own is not None and its is not None and (own.kind == "Softmax" or _is_row(output)):
-            yield own.key, its.key, own.kind
+            yield own.key, its.key, {"ending": own.kind, "class_axis": own.axis}
         else:
-            yield own_result, its_result, None
+            yield own_result, its_result, {}
 
 
 def _is_row(output: ov.Output) -> bool:
@@ -225,15 +237,17 @@ def _is_row(output: ov.Output) -> bool:
     return shape.rank.is_static and is_row_shape([d.get_length() if d.is_static else 0 for d in shape])
 
 
-def _together(student: Mirror, plan: DistillationPlan) -> int:
+def _together(student: Mirror, plan: DistillationPlan, call: Batch) -> int:
     """Calls of one pass: those of a step, or as many as memory has room for."""
-    whole = max(plan.batch // (student.own_batch or 1), 1)
-    call = sum(bytes_of(output) for node in student.model.get_ops() for output in node.outputs())
-    return max(min(whole, STEP_BYTES // max(call, 1)), 1)
+    own = student.own_batch or (call[0].shape[0] if call[0].ndim else 1) or 1
+    whole = max(plan.batch // own, 1)
+    model = sized_like(student.model, call)
+    held = sum(bytes_of(output) for node in model.get_ops() for output in node.outputs())
+    return max(min(whole, STEP_BYTES // max(held, 1)), 1)
 
 
-def _examples(teacher: Mirror, calls: Sequence[Batch], keys: Sequence[Key]) -> list[Any]:
-    """The teacher's values on some calls, as far as memory has room for them."""
+def _examples(teacher: Mirror, calls: Sequence[Batch], keys: Sequence[Key]) -> list[tuple[Any, frozenset[int]]]:
+    """The teacher's values on some calls, as far as memory has room for them; see `stacked`."""
     values: list[list[Any]] = []
     size = 0
     with torch.no_grad():
@@ -242,7 +256,7 @@ def _examples(teacher: Mirror, calls: Sequence[Batch], keys: Sequence[Key]) -> l
             size += sum(4 * each.numel() for each in values[-1])
             if size > EXAMPLE_BYTES and len(values) > 1:
                 break
-    return [torch.cat([value[i] for value in values]) for i in range(len(keys))]
+    return [stacked([value[i] for value in values]) for i in range(len(keys))]
 
 
 def _inner_keys(student: Mirror, teacher: Mirror, call: Batch) -> list[tuple[Key, Key]]:

@@ -61,14 +61,15 @@ def distill(
 
     Both take the same inputs; a teacher given as an ONNX file is read with `preprocess` and `shape`, as `compile`
     reads it. `data` is a path or arrays in memory. Labels are looked at only where `labels` (class numbers, a path or
-    a key, as in `compile`) are given: their cross entropy is then added with `label_weight`.
+    a key, as in `compile`; True: those of a `Dataset`) are given: their cross entropy is added with `label_weight`.
 
-    A step takes `batch` samples, by default 64, of large images 16. `peak_rate` is the largest change of a weight per
-    step, relative to its tensor's size; by default 0.01 for a model with fewer weights than its teacher, else 0.0003.
-    With less than 600 steps it is lowered by the root of their share, to half at most. `augment` mirrors, shifts and
-    mixes images (True), leaves inputs as they are (False), or is a function of the inputs of one batch and a
-    `torch.Generator`. A run that was interrupted, or cut by the time limit, goes on from `checkpoint`; Ctrl-C still
-    raises `KeyboardInterrupt`. The result is the same in every run with `threads=1` and no time limit.
+    A step takes `batch` samples, by default 64, or 16 of what moves much, as photographs do. `peak_rate` is the
+    largest change of a weight per step, relative to its tensor's size; by default 0.01 for a model with fewer weights
+    than its teacher, else 0.0003. With less than 600 steps it is lowered by the root of their share, to half at most.
+    `augment` mirrors, shifts and mixes images (True; one channel of floats is not taken for one), leaves inputs as
+    they are (False), or is a function of the inputs of one batch and a `torch.Generator`. A run that was interrupted,
+    or cut by the time limit, goes on from `checkpoint`; Ctrl-C still raises `KeyboardInterrupt`. The result is the
+    same in every run with `threads=1` and no time limit.
 
     `result.is_better` says whether training helped, by more than a standard error; `result.before` and
     `result.after` are divergences of the outputs from the teacher's on held-back inputs that training never saw,
@@ -83,18 +84,18 @@ def distill(
 
     model = _model(compressed)
     master = _teacher(teacher, preprocess, shape)
-    dataset = _dataset(data, labels, master)
+    dataset = _dataset(data, labels, master, preprocess)
     say = on_event or (lambda event: None)
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
     if checkpoint is not None:
         Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
     plan = _plan(
         runs=(steps,),
-        batch=usual_batch(dataset) if batch is None else batch,
+        batch=usual_batch(master, dataset) if batch is None else batch,
         peak_rate=_rate(model, master) if peak_rate is None else peak_rate,
         inner_weight=inner_weight,
         augments=augment is not False,
-        label_weight=label_weight if labels is not None else 0.0,
+        label_weight=0.0 if labels is None or labels is False else label_weight,
         seed=seed,
     )
     return train(
@@ -123,14 +124,18 @@ def _teacher(
     return _model(given)
 
 
-def _dataset(data: Any, labels: Any, model: ov.Model) -> Dataset:
+def _dataset(data: Any, labels: Any, model: ov.Model, preprocess: Sequence[PreprocessSpec]) -> Dataset:
     if isinstance(data, Dataset):
-        if labels is not None:
-            raise InputError("a Dataset carries its own labels; give labels with arrays or a path")
-        return data
+        if labels is None or isinstance(labels, bool):
+            return data
+        raise InputError("a Dataset carries its own labels: ask for them with labels=True, or give arrays or a path")
     inputs = [_spec(each) for each in model.inputs]
     if isinstance(data, str | Path):
-        return load_dataset(str(data), inputs=inputs, labels=None if labels is None else str(labels))
+        if labels is not None and not isinstance(labels, str | Path):
+            raise InputError("labels in memory go with data in memory; give both as paths, or both as arrays")
+        return load_dataset(
+            str(data), inputs=inputs, labels=None if labels is None else str(labels), preprocess=preprocess
+        )
     return from_arrays(data, inputs=inputs, labels=labels)
 
 

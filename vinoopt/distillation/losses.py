@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +15,8 @@ from vinoopt.compression.sensitivity import is_classifier_shape
 Measure: TypeAlias = Callable[[Any, Any], Any]
 """Student's and teacher's values of one output to a number."""
 _TINY = 1e-12
+_RULED_OUT = -1e4
+"""As a score: what leaves nothing of a class."""
 _QUIET = 0.1
 _ERROR_SHARE = 0.1
 """Of the relative error beside the divergence of scores that no softmax follows: what their softmax does not see,
@@ -37,30 +39,80 @@ class OutputLoss:
         return self.distance(student, teacher)
 
 
-def output_loss(examples: Any, *, ending: str | None = None, is_finished: bool = True) -> OutputLoss:
+def output_loss(
+    examples: Any,
+    *,
+    ending: str | None = None,
+    class_axis: int = 1,
+    is_finished: bool = True,
+    open_axes: frozenset[int] = frozenset(),
+    are_scores: bool = True,
+) -> OutputLoss:
     """The loss of an output, from the teacher's values on some inputs.
 
     `ending` names the `Softmax` or `Sigmoid` that makes the output, where one does, and `is_finished` says whether
     the values are those after it. Behind a softmax, and for class scores ([B, C], or that with trailing ones) that
     read as such: KL divergence of the softmax from the teacher's (Hinton et al. 2015, arXiv 1503.02531, at
     temperature 1). Behind a sigmoid: that of every yes or no. Anything else, as what is regressed or embedded:
-    squared error over the teacher's variance, per channel. Whole numbers have no gradient, and count nothing.
+    squared error over the teacher's variance, per channel. A softmax along `class_axis` of maps or sequences has the
+    divergence of every place. With `are_scores` false no output is taken for scores by its values alone. Sizes along
+    `open_axes` differ from call to call. What is not finite in the teacher, as the score of a class that is ruled
+    out, counts nothing, and neither do whole numbers, which have no gradient.
     """
     if not examples.is_floating_point():
         return OutputLoss(distance=lambda student, teacher: torch.zeros(()))
+    finite = torch.isfinite(examples)
+    if not finite.all():
+        loss = output_loss(
+            torch.where(finite, examples, torch.zeros_like(examples)),
+            ending=ending,
+            class_axis=class_axis,
+            is_finished=is_finished,
+            open_axes=open_axes,
+            are_scores=are_scores,
+        )
+        return replace(loss, distance=_where_finite(loss.distance))
     if ending == "Sigmoid" and is_row_shape(examples.shape):
         distance = _chances if is_finished else _chances_of_scores
         return OutputLoss(distance=distance, agreement=_same_sides(is_finished))
-    error = relative_error(examples)
+    error = relative_error(examples, open_axes=open_axes)
     if not is_classifier_shape(examples.shape):
-        return OutputLoss(distance=error)
+        if ending != "Softmax" or examples.ndim < 3 or examples.shape[class_axis] < 2:
+            return OutputLoss(distance=error)
+        distance = _of_shares if is_finished else _divergence
+        return OutputLoss(distance=_by_rows(distance, class_axis), agreement=_by_rows(_same_classes, class_axis))
     if ending == "Softmax":
         return OutputLoss(distance=_of_shares if is_finished else _divergence, agreement=_same_classes)
     if _are_shares(examples):
         return OutputLoss(distance=_of_shares, agreement=_same_classes)
-    if not _read_as_scores(examples):
+    if not are_scores or not _read_as_scores(examples):
         return OutputLoss(distance=error)
     return OutputLoss(distance=lambda s, t: _divergence(s, t) + _ERROR_SHARE * error(s, t), agreement=_same_classes)
+
+
+def _where_finite(distance: Measure) -> Measure:
+    """The distance over what is finite in the teacher."""
+
+    def loss(student: Any, teacher: Any) -> Any:
+        finite = torch.isfinite(teacher)
+        return distance(*(torch.where(finite, x, torch.full_like(x, _RULED_OUT)) for x in (student, teacher)))
+
+    return loss
+
+
+def _by_rows(measure: Measure, axis: int) -> Measure:
+    """The measure over [places, classes], from values with their classes along an axis."""
+    return lambda student, teacher: measure(*(x.movedim(axis, -1).flatten(0, -2) for x in (student, teacher)))
+
+
+def stacked(values: Sequence[Any]) -> tuple[Any, frozenset[int]]:
+    """Values of several calls one behind the other, and the axes along which their sizes differ: cut to the least."""
+    if not values[0].ndim:
+        return torch.stack(list(values)), frozenset()
+    sizes = [{value.shape[axis] for value in values} for axis in range(1, values[0].ndim)]
+    least = (slice(None), *(slice(min(each)) for each in sizes))
+    parts = [value[least] for value in values]
+    return torch.cat(parts), frozenset(axis for axis, each in enumerate(sizes, start=1) if len(each) > 1)
 
 
 def is_row_shape(shape: Sequence[int]) -> bool:
@@ -114,15 +166,16 @@ def _bernoulli(yes: Any, its_yes: Any, no: Any, its_no: Any) -> Any:
     return each.flatten(1).sum(1).mean()
 
 
-def relative_error(examples: Any) -> Measure:
+def relative_error(examples: Any, *, open_axes: frozenset[int] = frozenset()) -> Measure:
     """Mean over channels of squared error over the variance of `examples`.
 
-    Channels are the shortest dimension behind the batch, as in damage tables of the search. One that hardly moves
+    Channels are the shortest dimension behind the batch of those that are no `open_axes`, as in damage tables of the
+    search. One that hardly moves
     in the examples, as the score of a class that none of them shows, counts as one that moves by `_QUIET` of the
     usual: else it would outweigh all others.
     """
     inner = range(1, examples.ndim)
-    sizes = {axis: examples.shape[axis] for axis in inner if examples.shape[axis] > 1}
+    sizes = {axis: examples.shape[axis] for axis in inner if examples.shape[axis] > 1 and axis not in open_axes}
     channel = min(sizes, key=lambda axis: sizes[axis], default=None)
     others = tuple(axis for axis in range(examples.ndim) if axis != channel)
     variance = examples.var(others, unbiased=False, keepdim=True) if others else examples.var(unbiased=False)

@@ -57,6 +57,8 @@ class Ending:
     """`Softmax` or `Sigmoid`."""
     key: Key
     """The values before it."""
+    axis: int = 1
+    """Of a softmax: along which its classes lie."""
 
 
 class Mirror(torch.nn.Module):  # type: ignore[misc]
@@ -130,11 +132,11 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
         }
 
     def place(self, device: str) -> None:
-        """Move parameters and constants to a device; whole numbers stay, since shapes are read from them."""
+        """Move parameters, constants and masks to a device; whole numbers stay, since shapes are read from them."""
         self._device = device
         self.to(device)
         self._constants = {
-            key: value.to(device) if value.is_floating_point() else value
+            key: value.to(device) if value.is_floating_point() or value.dtype == torch.bool else value
             for key, value in self._constants.items()
         }
 
@@ -240,4 +242,8 @@ def _own_batch(model: ov.Model) -> int | None:
 def _ending(result: ov.Node) -> Ending | None:
     source = result.input_value(0).get_node()
     kind = source.get_type_name()
-    return Ending(kind=kind, key=key_of(source.input_value(0))) if kind in _ENDINGS else None
+    if kind not in _ENDINGS:
+        return None
+    rank, axis = source.get_output_partial_shape(0).rank, int(source.get_attributes().get("axis", 1))
+    axis = axis % rank.get_length() if rank.is_static else axis
+    return Ending(kind=kind, key=key_of(source.input_value(0)), axis=axis)

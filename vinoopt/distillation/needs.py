@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import openvino as ov
+
 from vinoopt.accuracy.datasets import Dataset
-from vinoopt.errors import ExtraMissing
+from vinoopt.cost_model import layer_costs
+from vinoopt.errors import ExtraMissing, ShapeError
 
 PRUNED_RATE, ROUNDED_RATE = 0.01, 3e-4
 """Peak rates: weights that make up for removed channels have a way to go; those that were only rounded are near."""
-_LARGE = 3 * 96 * 96
-"""Values of one sample's inputs from which on a step has fewer samples, so that there are enough steps."""
+_FEW, _MANY = 16, 64
+"""Samples of one step."""
+_HEAVY = 3_000_000
+"""Elements that one sample moves through the layers, from which on a step has few samples, so that there are enough
+steps: a network for small images moves less than a million, one for photographs ten."""
+_USUAL_LAYERS = 20
+"""Where sizes are open: so many times the size of its inputs is taken for what a sample moves."""
 
 
-def usual_batch(data: Dataset) -> int:
-    """Samples of one step where nothing else is asked for."""
-    size = sum(array.size for array in data[0].values()) / data.batch
-    return 16 if size >= _LARGE else 64
+def usual_batch(model: ov.Model, data: Dataset) -> int:
+    """Samples of one step where nothing else is asked for; `data` gives whole calls of `model`."""
+    try:
+        moved = sum(layer.activations for layer in layer_costs(model))
+    except ShapeError:
+        moved = _USUAL_LAYERS * sum(array.size for array in data[0].values())
+    return _FEW if moved / data.batch >= _HEAVY else _MANY
 
 
 def require_torch() -> None:

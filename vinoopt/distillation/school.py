@@ -16,7 +16,7 @@ from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.distillation.equality import check_batches, check_equality
 from vinoopt.distillation.mirror import Mirror
-from vinoopt.distillation.rules import failing
+from vinoopt.distillation.rules import failing, wide
 from vinoopt.distillation.training import Batch
 from vinoopt.errors import DistillationError
 
@@ -72,31 +72,49 @@ class School:
     """Class numbers of the inputs, where there are any."""
     digest: str
     """Of teacher and inputs."""
+    device: str
+    """Where PyTorch trains."""
+    are_scores: bool
+    """Whether outputs that look like class scores are taken for such."""
 
 
-def open_school(teacher: ov.Model, data: Dataset, *, seed: int) -> School:
-    """The teacher's mirror and the inputs in parts.
+def check_can_teach(teacher: ov.Model, count: int) -> None:
+    """What can be said before any long work: raises the errors of `open_school` that need no run of the model."""
+    _check(teacher, count)
+    with failing("making the teacher's image in PyTorch"):
+        Mirror(teacher.clone(), trains=False)
 
-    Raises `DistillationError` for an operator without a rule, for a mirror that does not equal OpenVINO, for
-    outputs without a gradient, and for too few inputs.
-    """
-    if len(data) < LEAST_INPUTS:
-        raise DistillationError(f"{len(data)} inputs are too few to distil from; give at least {LEAST_INPUTS}")
+
+def _check(teacher: ov.Model, count: int) -> None:
+    if count < LEAST_INPUTS:
+        raise DistillationError(f"{count} inputs are too few to distil from; give at least {LEAST_INPUTS}")
     if not any(output.get_element_type().is_real() for output in teacher.outputs):
         raise DistillationError(
             "all outputs are whole numbers, which have no gradient; end the model before its ArgMax or TopK"
         )
+
+
+def open_school(teacher: ov.Model, data: Dataset, *, seed: int, are_scores: bool = True) -> School:
+    """The teacher's mirror and the inputs in parts; with `are_scores` false no output counts as class scores by its
+    values alone.
+
+    Raises `DistillationError` for an operator without a rule, for a mirror that does not equal OpenVINO, for
+    outputs without a gradient, and for too few inputs.
+    """
+    _check(teacher, len(data))
     names = _names(teacher, data)
     order = np.random.default_rng(seed).permutation(len(data))
-    count = _held_count(teacher, data)
+    count = _held_count(sized_like(teacher, _Calls(data, names)[0]), data)
     held, judged = data.subset(order[: count // 2]), data.subset(order[count // 2 : count])
     learn = data.subset(order[count:]).held(INPUT_BYTES)
-    inputs = _Calls(learn, names)
+    inputs, held_calls = _Calls(learn, names), _Calls(held, names)
     with failing("making the teacher's image in PyTorch"):
         mirror = Mirror(teacher.clone(), trains=False)
         check_equality(mirror, inputs[:CHECKED])
     is_batched = check_batches(mirror, inputs[:3])
-    mirror.place(device())
+    if is_batched and teacher.is_dynamic():
+        is_batched = len({tuple(x.shape for x in call) for part in (inputs, held_calls) for call in part}) == 1
+    where = _placed(mirror, inputs[0])
     known = learn.labels if isinstance(learn.labels, np.ndarray) else None
     labels = None if known is None else [torch.as_tensor(each, dtype=torch.int64).reshape(-1) for each in known]
     return School(
@@ -104,12 +122,38 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int) -> School:
         mirror=mirror,
         is_batched=is_batched,
         inputs=inputs,
-        held=_Calls(held, names)[:],
+        held=held_calls[:],
         judged=judged,
         reference=predict(teacher, judged, properties={"INFERENCE_PRECISION_HINT": "f32"}),
         labels=labels,
         digest=digest_of(teacher, [*inputs[:_SIGNED_CALLS], [torch.tensor(len(data))], labels or []]),
+        device=where,
+        are_scores=are_scores,
     )
+
+
+def _placed(mirror: Mirror, call: Batch) -> str:
+    """Where the mirror is now: on a device that computes what the CPU does, else on the CPU."""
+    where = device()
+    if where == "cpu":
+        return where
+    try:
+        mirror.place(where)
+        with torch.no_grad():
+            mirror([wide(x) for x in call], mirror.results)
+    except (DistillationError, RuntimeError):  # an operator that it lacks, or whose values lie in two places
+        mirror.place("cpu")
+        return "cpu"
+    return where
+
+
+def sized_like(model: ov.Model, call: Batch) -> ov.Model:
+    """The model, or a copy with its open sizes as a call has them."""
+    if not model.is_dynamic():
+        return model
+    model = model.clone()
+    model.reshape({port: ov.PartialShape(list(x.shape)) for port, x in zip(model.inputs, call, strict=True)})
+    return model
 
 
 def _names(model: ov.Model, data: Dataset) -> list[str]:

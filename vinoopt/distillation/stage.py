@@ -21,7 +21,7 @@ import openvino as ov
 
 from vinoopt import serde
 from vinoopt.alarm import TimeIsUp, until
-from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge, first_line
+from vinoopt.compression.judge import CANDIDATE_ERRORS, OF_VALUES, Judge, first_line
 from vinoopt.compression.precision_search import latency_of
 from vinoopt.compression.search import SearchResult
 from vinoopt.distillation.needs import PRUNED_RATE, ROUNDED_RATE, usual_batch
@@ -52,6 +52,8 @@ _LEAST_GAIN = 0.1
 are counted in samples that change sides, which few do by chance, and damages tell more of runs that are alike."""
 _PATIENCE = 1.5
 """Of the time that a run was planned to take, under a time limit."""
+_NEAREST = 2
+"""Candidates of the search that were over the budget, the nearest to it."""
 _AT_EACH_SPEED = 2
 """Of the plans that the search would go on to, beyond the first speed."""
 
@@ -62,6 +64,8 @@ class StageOptions:
 
     deadline: float | None = None
     """In `time.monotonic` seconds."""
+    limit_s: float | None = None
+    """Of the whole run that the deadline belongs to: rounds of another one are planned anew."""
     seed: int = 0
 
 
@@ -123,6 +127,11 @@ def worth_a_run(runners: Sequence[Runner], max_drop: float, *, only_fresh: bool 
 
     found = [r for r in runners if r.is_open and r.latency_ms < safe and not (only_fresh and r.is_spent)]
     return sorted(found, key=order)
+
+
+def _is_trainable(plan: CompressionPlan) -> bool:
+    """Whether it is compressed in a way that training can make good, and was not trained yet."""
+    return plan.distillation is None and plan.weights is None and bool(plan.quantization or plan.widths)
 
 
 def _undominated(runners: Sequence[Runner]) -> list[Runner]:
@@ -261,10 +270,10 @@ class _Stage:
             fitting = ((n, steps) for n in counts if (steps := self._steps(seconds / n)) >= _LEAST_STEPS)
             # Without a time limit something is tried anyhow.
             if number == 0 and self.options.deadline is None:
-                return next(fitting, (len(chosen), _LEAST_STEPS))
+                return next(fitting, (1, _LEAST_STEPS))
             return next(fitting)
 
-        key = digest(number, [serde.sha256_record(runner.plan) for runner in chosen])[:16]
+        key = digest(number, self.options.limit_s, [serde.sha256_record(runner.plan) for runner in chosen])[:16]
         name = f"distillation-round-{self.judge.yardstick.target.slug}-{key}"
         try:
             count, steps = self.judge.store.json(name, planned)
@@ -302,8 +311,9 @@ class _Stage:
 
         What is predicted for each speed in turn, so that some of each are built where time is short.
         """
-        over = [t.plan for t in self.judge.trials if t.state is TrialState.OVER_BUDGET]
-        plain = [plan for plan in over if plan.quantization is not None and not plan.widths]
+        over = [t for t in self.judge.trials if t.state is TrialState.OVER_BUDGET and _is_trainable(t.plan)]
+        plain = [t.plan for t in over if not t.plan.widths]
+        nearest = sorted(over, key=lambda t: math.inf if t.likely_drop is None else t.likely_drop)[:_NEAREST]
         at_speeds: list[Sequence[CompressionPlan]] = []
         for share in self._shares(best):
             if self.found.beyond is None or (at_speeds and time.monotonic() > self.building_ends):
@@ -312,7 +322,8 @@ class _Stage:
             at_speeds.append(plans[:_AT_EACH_SPEED] if any(at_speeds) else plans)
         in_turn = [plan for each in itertools.zip_longest(*at_speeds) for plan in each if plan is not None]
         known = {t.plan for t in self.judge.trials if t.state is TrialState.COMPLETE}
-        return [plan for plan in dict.fromkeys([*plain[:1], *in_turn]) if plan not in known]
+        mine = [*plain[:1], *(t.plan for t in nearest), *in_turn]
+        return [plan for plan in dict.fromkeys(mine) if plan not in known]
 
     def _shares(self, best: Trial | None) -> list[float]:
         """Predicted times worth a look, over that of the best plan without pruning."""
@@ -372,7 +383,10 @@ class _Stage:
 
         if self._school is None:
             workshop = self.judge.workshop
-            self._school = open_school(workshop.source, workshop.calibration, seed=self.options.seed)
+            are_scores = self.judge.metric.name not in OF_VALUES
+            self._school = open_school(
+                workshop.source, workshop.calibration, seed=self.options.seed, are_scores=are_scores
+            )
         return self._school
 
     def _measured_cost(self, runner: Runner) -> Cost:
@@ -390,9 +404,10 @@ class _Stage:
         return Cost(setup_s=float(setup_s), step_s=float(step_s))
 
     def _distillation(self, runs: tuple[int, ...], widths: Sequence[GroupWidth]) -> DistillationPlan:
+        workshop = self.judge.workshop
         return DistillationPlan(
             runs=runs,
-            batch=usual_batch(self.judge.workshop.calibration),
+            batch=usual_batch(workshop.source, workshop.calibration),
             peak_rate=PRUNED_RATE if widths else ROUNDED_RATE,
             seed=self.options.seed,
         )
@@ -415,8 +430,9 @@ class _Stage:
         gain, missing = runner.drop - after.drop, max(runner.drop - self.judge.budget.max_drop, 0.0)
         is_closer = damage < (1 - _LEAST_GAIN) * runner.damage
         is_spent = gain <= _LEAST_GAIN * missing and not is_closer
+        is_kept = gain > 0 or (is_closer and (after.is_inside or not runner.is_inside))
         # What brought nothing goes on, if at all, from where it was.
-        return replace(after if gain > 0 or is_closer else runner, is_spent=is_spent)
+        return replace(after if is_kept else runner, is_spent=is_spent)
 
     def _with_runs(self, plan: CompressionPlan, runs: tuple[int, ...]) -> CompressionPlan:
         return serde.replace(plan, distillation=self._distillation(runs, plan.widths))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import openvino as ov
 import torch
 
 from vinoopt.accuracy.evaluate import predict
-from vinoopt.distillation.losses import Loss, OutputLoss, output_loss
+from vinoopt.distillation.losses import Loss, OutputLoss, output_loss, stacked
 from vinoopt.distillation.rules import failing
 from vinoopt.distillation.school import School
 
@@ -68,12 +67,21 @@ class Departure:
 
     def __init__(self, school: School) -> None:
         self.data = school.judged
-        endings = [None if ending is None else ending.kind for ending in school.mirror.endings]
+        endings = school.mirror.endings
         self.wanted = [[torch.tensor(v) for v in call.values()] for call in school.reference]
         columns = [[call[place] for call in self.wanted] for place in range(len(endings))]
-        outputs: list[OutputLoss] = [
-            output_loss(_stacked(values), ending=ending) for values, ending in zip(columns, endings, strict=True)
-        ]
+        outputs: list[OutputLoss] = []
+        for values, ending in zip(columns, endings, strict=True):
+            examples, open_axes = stacked(values)
+            outputs.append(
+                output_loss(
+                    examples,
+                    ending=None if ending is None else ending.kind,
+                    class_axis=1 if ending is None else ending.axis,
+                    open_axes=open_axes,
+                    are_scores=school.are_scores,
+                )
+            )
         self.loss = Loss(outputs=outputs, inner=[])
 
     def of(self, model: ov.Model) -> Standing:
@@ -87,8 +95,3 @@ class Departure:
             distances=np.array([float(self.loss.of_outputs(own, its)) for own, its in pairs]),
             agreements=None if np.isnan(known).any() else known,
         )
-
-
-def _stacked(calls: Sequence[Any]) -> Any:
-    """Calls one behind the other; the first alone where their shapes differ."""
-    return torch.cat(list(calls)) if len({tuple(call.shape) for call in calls}) == 1 else calls[0]

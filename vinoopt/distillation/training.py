@@ -45,7 +45,7 @@ _HALF_NOISE = 0.01
 """Of the student's loss, what a teacher in bfloat16 may be away from itself: it takes half the time where the CPU
 has such arithmetic, and its rounding is not what is to be learned."""
 _CHECKPOINT_S = 60.0
-TIME_LIMIT = "time limit"
+TIME_LIMIT, NOT_FINITE = "time limit", "not finite"
 
 Batch = Sequence[Any]
 """One tensor per input."""
@@ -173,7 +173,8 @@ class Training:
         if self.settings.threads is not None:
             torch.set_num_threads(self.settings.threads)
         try:
-            self._begin()
+            with failing("beginning to train"):
+                self._begin()
             return self._run()
         except BaseException as exc:
             if not isinstance(exc, Exception):
@@ -210,7 +211,7 @@ class Training:
             self._step += 1
             step_s = time.monotonic() - began
             if not math.isfinite(loss):
-                reason = "not finite"
+                reason = NOT_FINITE
                 break
             self._running = loss if self._running is None else 0.95 * self._running + 0.05 * loss
             is_late = self.deadline is not None and time.monotonic() + step_s > self.deadline

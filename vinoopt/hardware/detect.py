@@ -26,7 +26,8 @@ from vinoopt.records import (
 )
 
 _CPUINFO = Path("/proc/cpuinfo")
-_CONTROL_GROUP = Path("/sys/fs/cgroup")
+_CONTROL_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CAN_BE_DROPPED = ("inactive_file", "active_file", "slab_reclaimable")
 _PACKAGES = ("openvino", "nncf", "onnx", "numpy")
 _GPU_CHANNELS = {False: 16, True: 32}
 """Has XMX -> channels of one block of OpenVINO's GPU layouts (`b_fs_yx_fsv16`), or of one int8 XMX step."""
@@ -72,17 +73,31 @@ def fingerprint() -> HostFingerprint:
     )
 
 
-def free_bytes() -> int:
-    """Memory that can still be taken on this machine, or in the control group (v2) that this process runs in."""
+def free_bytes(groups: Path = _CONTROL_GROUPS, own: Path = _OWN_GROUP) -> int:
+    """Memory that can still be taken on this machine, and in the control groups (v2) that this process runs in."""
     free = int(psutil.virtual_memory().available)
     try:
-        limit, used = ((_CONTROL_GROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        kept = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
-    except OSError:  # another system, or a group without limits
+        paths = [line.removeprefix("0::/") for line in own.read_text().splitlines() if line.startswith("0::/")]
+    except OSError:  # another system
         return free
+    for path in paths:
+        place = groups / path
+        for group in (place, *place.parents):
+            if group.is_relative_to(groups):
+                free = min(free, _free_in(group, free))
+    return max(free, 0)
+
+
+def _free_in(group: Path, otherwise: int) -> int:
+    """What the limit of a control group leaves, caches that can be dropped not counted as used."""
+    try:
+        limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:  # a group without limits
+        return otherwise
     if not limit.isdigit():
-        return free
-    return min(free, int(limit) - int(used) + int(kept.get("inactive_file", 0)))
+        return otherwise
+    return int(limit) - int(used) + sum(int(held.get(name, 0)) for name in _CAN_BE_DROPPED)
 
 
 def match_host() -> str | None:
