@@ -5,7 +5,8 @@
     python scripts/bench_distill.py curve --case cifar_resnet20 --images 300 --images 1000 --images 3000
 
 `search` compiles with effort `distill` and measures the float model, plain `nncf.quantize` and the result in
-interleaved rounds. `recover` trains the output of plain `nncf.quantize` as it is, no block in float. `curve` keeps
+interleaved rounds. `recover` trains the output of `nncf.quantize`, no block in float, by NNCF's own recipe or
+another (`--preset`, `--ranges`). `curve` keeps
 half of the channels (`--kept`) inside every residual branch, quantizes, and trains, all with so many images. Nothing
 sees a label before judgement, and judgement is on samples that nothing else saw. One JSON line per run goes to the
 output, which is also printed.
@@ -48,12 +49,17 @@ def material(case: Case, source: SourceModel, images: int | None) -> tuple[Datas
 
 
 def recover(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Plain INT8 before and after distillation, beside the float model."""
+    """INT8 throughout before and after distillation, beside the float model; by the recipe that is asked for."""
     case = cases()[name]
     source = case.source(1)
     learn, test = material(case, source, None)
-    plain = quantize(source.model, QuantizationPlan(), learn, device=Device.CPU)
-    return _trained(case, source, plain, learn, test, options)
+    metric = case.metric_for(source)
+    reference = reference_for(metric, source, test)
+    recipe = QuantizationPlan(preset=options.preset, activation_range=options.ranges)
+    models = [quantize(source.model, each, learn, device=Device.CPU) for each in (QuantizationPlan(), recipe)]
+    plain = judged(models[0], {}, test, metric, reference).value
+    row = _trained(case, source, models[1], learn, test, options)
+    return {"preset": options.preset, "ranges": options.ranges, "plain": round(plain, 4), **row}
 
 
 def curve(name: str, images: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -175,6 +181,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, help="samples per step; by default what suits the inputs")
     parser.add_argument("--rate", type=float, help="peak rate; by default what suits the model")
+    parser.add_argument("--preset", choices=("performance", "mixed"), help="of the INT8 model of `recover`")
+    parser.add_argument("--ranges", choices=("minmax", "histogram"), help="of its activations")
     parser.add_argument("--inner", type=float, default=1.0)
     parser.add_argument("--threads", type=int, help="of PyTorch; fewer where the machine is shared")
     parser.add_argument("--output", type=Path, default=Path("distill.jsonl"))

@@ -15,7 +15,7 @@ from vinoopt.accuracy.datasets import Dataset, from_arrays
 from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.accuracy.metrics import Metric, find_metric
 from vinoopt.compression.build import Workshop
-from vinoopt.compression.judge import Judge
+from vinoopt.compression.judge import Judge, Shared
 from vinoopt.compression.options import SearchOptions
 from vinoopt.compression.quantize import _translated
 from vinoopt.compression.search import search
@@ -251,7 +251,7 @@ class Choosy(Ruler):
             off = 0.5 + 0.2 * (plan.quantization.preset is not None)
             off -= 0.1 * (not plan.quantization.fast_bias_correction)
             off -= 0.2 * (plan.quantization.activation_range == "histogram")
-            off -= 0.1 * (plan.quantization.activation_range == "mean_minmax")
+            off -= 0.1 * (plan.quantization.activation_range == "minmax")
         for call in exact:
             found.append({name: value * (1 + off) for name, value in call.items()})
         return found
@@ -267,7 +267,7 @@ def test_changes_of_the_recipe_that_help_alone_are_tried_together(
     best = recipes[-1]
     assert (best.fast_bias_correction, best.activation_range, best.preset) == (False, "histogram", None)
     ranges = {p.quantization.activation_range for p, _ in ruler.run if p.quantization is not None}
-    assert ranges == {None, "minmax", "mean_minmax", "quantile", "histogram"}
+    assert ranges == {None, "minmax", "histogram"}
 
 
 def test_a_milder_recipe_takes_the_place_of_plain_int8_that_is_inside(
@@ -302,7 +302,16 @@ def test_what_is_too_big_to_calibrate_has_its_weights_compressed(tmp_path: Path)
     found = search(judge, options(prune=True, memory_bytes=8 << 20), say=lambda text: None)
     assert [t.plan.quantization for t in found.trials] == [None] * len(found.trials)
     assert {t.plan.weights.mode for t in found.trials if t.plan.weights is not None} == {"int8_asym", "int4_asym"}
-    assert "calibration of this model takes about 0.0 GiB, and 0.0 are free" in found.reasons[0]
+    assert not any(t.plan.widths for t in found.trials)
+    assert "calibration of this model takes 10 MiB or more, and 8 are free" in found.reasons[0]
+    other = search(judge, options(memory_bytes=16 << 20), say=lambda text: None)
+    assert not any(t.plan.quantization for t in other.trials), "for all targets of a run alike"
+    judge.shared = Shared()
+    enough = search(judge, options(memory_bytes=16 << 20), say=lambda text: None)
+    assert any(t.plan.quantization is not None for t in enough.trials)
+    judge.shared = Shared()
+    again = search(judge, options(memory_bytes=0), say=lambda text: None)
+    assert not any("calibration" in reason for reason in again.reasons), "what was calibrated once is there"
 
 
 # --------------------------------------------------------------------------- resuming

@@ -14,7 +14,7 @@ from vinoopt import serde
 from vinoopt.cli.profiles import profiles
 from vinoopt.errors import ProfileError, TargetError
 from vinoopt.hardware import isa
-from vinoopt.hardware.detect import cpu_flags, detect_host, fingerprint, match_cpu, match_host
+from vinoopt.hardware.detect import cpu_flags, detect_host, fingerprint, free_bytes, match_cpu, match_host
 from vinoopt.hardware.isa import saturates_int8
 from vinoopt.hardware.profile import (
     check_profile,
@@ -517,3 +517,27 @@ def test_check_takes_many_files_and_says_which_one_is_bad(write, tmp_path):
     assert told.exit_code == 2
     assert "good.toml: complete" in told.output
     assert "board.toml: to be looked at" in told.output
+
+
+def test_free_memory_is_what_the_narrowest_group_leaves(tmp_path: Path) -> None:
+    groups, own = tmp_path / "groups", tmp_path / "own"
+    inner = groups / "pod" / "job"
+    inner.mkdir(parents=True)
+    own.write_text("1:name=systemd:/x\n0::/pod/job\n")
+
+    def limit(group: Path, most: str, used: int, dropped: int) -> None:
+        (group / "memory.max").write_text(f"{most}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text(f"anon 5\nactive_file {dropped}\nslab_reclaimable 7\n")
+
+    whole = free_bytes(groups, own)
+    assert whole > 1000
+    limit(inner, "max", 10, 0)
+    assert free_bytes(groups, own) > 1000
+    limit(inner, "1000", 600, 100)
+    assert free_bytes(groups, own) == 1000 - 600 + 100 + 7
+    limit(groups / "pod", "300", 200, 0)
+    assert free_bytes(groups, own) == 300 - 200 + 7
+    limit(groups / "pod", "300", 900, 0)
+    assert free_bytes(groups, own) == 0
+    assert free_bytes(groups, tmp_path / "absent") > 1000

@@ -28,7 +28,7 @@ RANGES = {
 
 
 _COPIES_OF_WEIGHTS = 1.2
-"""That `nncf.quantize` takes at the least: 1.24 to 1.9 on chains of matrix products and convolutions of 100 to 400 MiB."""
+"""That `nncf.quantize` takes at the least: 1.24 to 1.9 on chains of products and convolutions of 100 to 400 MiB."""
 
 
 def quantize(model: ov.Model, plan: QuantizationPlan, calibration: Dataset, *, device: Device) -> ov.Model:
