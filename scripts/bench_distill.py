@@ -5,11 +5,10 @@
     python scripts/bench_distill.py curve --case cifar_resnet20 --images 300 --images 1000 --images 3000
 
 `search` compiles with effort `distill` and measures the float model, plain `nncf.quantize` and the result in
-interleaved rounds. `recover` trains the output of `nncf.quantize`, no block in float, by NNCF's own recipe or
-another (`--preset`, `--ranges`). `curve` keeps
-half of the channels (`--kept`) inside every residual branch, quantizes, and trains, all with so many images. Nothing
-sees a label before judgement, and judgement is on samples that nothing else saw. One JSON line per run goes to the
-output, which is also printed.
+interleaved rounds. `recover` trains the output of `nncf.quantize`, no block in float, by NNCF's own recipe or another
+(`--preset`, `--ranges`). `curve` keeps half of the channels (`--kept`) inside every residual branch, quantizes, and
+trains, all with so many images. Nothing sees a label before judgement, and judgement is on samples that nothing else
+saw. One JSON line per run goes to the output, which is also printed.
 """
 
 from __future__ import annotations
