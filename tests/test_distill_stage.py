@@ -138,6 +138,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "BUILDING_SHARE", 0.9)
     monkeypatch.setattr(stage, "_STEP_QUANTUM", 10)
     monkeypatch.setattr(stage, "_LEAST_STEPS", 10)
+    monkeypatch.setattr(stage, "_FAIR_STEPS", 10)
 
 
 def test_faster_candidates_are_trained_in_rounds_and_may_win(tmp_path: Path) -> None:

@@ -41,8 +41,9 @@ RUNG_SHARES = (0.25, 0.4, 1.0)
 """Of the time that is left then, for each round of runs; a round of one candidate gets all of it."""
 BUILDING_SHARE = 0.2
 """Of the stage's time, after which no further candidate is built."""
-_LEAST_STEPS, _MOST_STEPS, _STEP_QUANTUM = 50, 3000, 50
-"""Of one run: what it takes longer is better spent on a second one, which begins with a lower rate, or on others."""
+_LEAST_STEPS, _FAIR_STEPS, _MOST_STEPS, _STEP_QUANTUM = 50, 150, 3000, 50
+"""Of one run. Less than is fair tells little of a candidate, and fewer of them get longer runs then; more than the
+most is better spent on a second run, which begins with a lower rate, or on others."""
 _JUDGING_S = 10.0
 """Kept free at the end of a time limit where nothing is known yet of what a judgement takes."""
 _SPARE = 1.3
@@ -267,7 +268,8 @@ class _Stage:
 
         def planned() -> tuple[int, int]:
             counts = range(len(chosen), 0, -1)
-            fitting = ((n, steps) for n in counts if (steps := self._steps(seconds / n)) >= _LEAST_STEPS)
+            each = [(n, self._steps(seconds / n)) for n in counts]
+            fitting = (pair for least in (_FAIR_STEPS, _LEAST_STEPS) for pair in each if pair[1] >= least)
             # Without a time limit something is tried anyhow.
             if number == 0 and self.options.deadline is None:
                 return next(fitting, (1, _LEAST_STEPS))
