@@ -128,7 +128,8 @@ def roofline(
     rate of f32. A format without native arithmetic counts as the device's fastest float format, with a note. Raises
     `ShapeError` where a shape is not fixed.
     """
-    wanted = layer_precisions(model) if precisions is None else precisions
+    quantized = layer_precisions(model)
+    wanted = quantized if precisions is None else precisions
     floats = [name for name in spec.precisions if name not in _INTEGERS]
     default = float_precision or (floats[0] if floats else Precision.F32)
     missing = _missing(spec, {default, *wanted.values()}, floats)
@@ -141,6 +142,8 @@ def roofline(
         _layer_time(
             cost,
             precision := _executed(spec, wanted.get(cost.name, default)),
+            # Weights of a layer that was to be INT8 are unpacked once where the device computes it in float.
+            is_packed=precision in _INTEGERS or cost.name not in quantized,
             bandwidth=bandwidth,
             gops=_rate(spec, precision, is_slow=cost.name in on_vector_units),
         )
@@ -157,9 +160,11 @@ def _rate(spec: DeviceSpec, precision: Precision, *, is_slow: bool) -> float:
     return (slow or spec.peak_gops[precision]).value
 
 
-def _layer_time(cost: LayerCost, precision: Precision, *, bandwidth: float, gops: float) -> LayerTime:
-    operations = 2.0 * cost.macs
-    moved = min(cost.weights * _BYTES[precision], cost.stored_bytes) + cost.activations * _BYTES[precision]
+def _layer_time(
+    cost: LayerCost, precision: Precision, *, is_packed: bool, bandwidth: float, gops: float
+) -> LayerTime:
+    operations, weights = 2.0 * cost.macs, cost.weights * _BYTES[precision]
+    moved = (min(weights, cost.stored_bytes) if is_packed else weights) + cost.activations * _BYTES[precision]
     return LayerTime(
         name=cost.name,
         type=cost.type,
