@@ -55,10 +55,12 @@ def recover(name: str, options: argparse.Namespace) -> dict[str, Any]:
     metric = case.metric_for(source)
     reference = reference_for(metric, source, test)
     recipe = QuantizationPlan(preset=options.preset, activation_range=options.ranges)
-    models = [quantize(source.model, each, learn, device=Device.CPU) for each in (QuantizationPlan(), recipe)]
-    plain = judged(models[0], {}, test, metric, reference).value
-    row = _trained(case, source, models[1], learn, test, options)
-    return {"preset": options.preset, "ranges": options.ranges, "plain": round(plain, 4), **row}
+    student = quantize(source.model, recipe, learn, device=Device.CPU)
+    row = {"preset": options.preset, "ranges": options.ranges}
+    if recipe != QuantizationPlan():
+        plain = quantize(source.model, QuantizationPlan(), learn, device=Device.CPU)
+        row["plain"] = round(judged(plain, {}, test, metric, reference).value, 4)
+    return {**row, **_trained(case, source, student, learn, test, options)}
 
 
 def curve(name: str, images: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -262,7 +262,8 @@ def test_changes_of_the_recipe_that_help_alone_are_tried_together(
 ) -> None:
     judge = judge_of(model, reference, tmp_path, ruler := Choosy(model), near=0.02, max_drop=0.0)
     found = search(judge, options(effort="thorough"), say=lambda text: None)
-    assert any(reason.startswith("recipe of those that do less damage") for reason in found.reasons)
+    assert any("recipe with" in reason and "accurate bias correction and histogram ranges:" in reason
+               for reason in found.reasons)
     recipes = [t.plan.quantization for t in found.trials if t.plan.quantization is not None]
     best = recipes[-1]
     assert (best.fast_bias_correction, best.activation_range, best.preset) == (False, "histogram", None)
@@ -280,25 +281,16 @@ def test_a_milder_recipe_takes_the_place_of_plain_int8_that_is_inside(
     assert best is not None
     assert (best.fast_bias_correction, best.preset) == (False, None), "what may take time is not tried"
     assert INT8 not in [t.plan for t in found.candidates], "the same kernels are not timed twice"
+    tight = judge_of(model, reference, tmp_path / "tight", Choosy(model), near=10.0)
+    found = search(tight, options(memory_bytes=1 << 20), say=lambda text: None)
+    assert any("bias correction was not tried: it would keep 1 MiB" in reason for reason in found.reasons)
+    assert all(t.plan.quantization is None or t.plan.quantization.fast_bias_correction for t in found.trials)
     again = judge_of(model, reference, tmp_path / "fast", Choosy(model), near=10.0)
     assert search(again, options(effort="fast"), say=lambda text: None).candidates[0].plan == INT8
 
 
 def test_what_is_too_big_to_calibrate_has_its_weights_compressed(tmp_path: Path) -> None:
-    wide = heavy()
-    spec = TensorSpec(name="x", shape=(1, 1024), dtype="float32")
-    data = from_arrays(RNG.normal(size=(12, 1024)).astype(np.float32), inputs=[spec])
-    store = Store.open("judge", root=tmp_path)
-    judge = Judge(
-        workshop=Workshop(source=wide, calibration=data, device=Device.CPU, store=store),
-        yardstick=Ruler(),
-        metric=Closeness(near=1.0),
-        budget=AccuracyBudget(max_drop=0.1),
-        data=data,
-        reference=predict(wide, data, properties=F32),
-        seed=0,
-        store=store,
-    )
+    judge = judge_of_heavy(tmp_path)
     found = search(judge, options(prune=True, memory_bytes=8 << 20), say=lambda text: None)
     assert [t.plan.quantization for t in found.trials] == [None] * len(found.trials)
     assert {t.plan.weights.mode for t in found.trials if t.plan.weights is not None} == {"int8_asym", "int4_asym"}
@@ -518,6 +510,23 @@ def heavy(rows: int = 1, *, repeats: int = 0) -> ov.Model:
     return ov.Model([y], [x], "heavy")
 
 
+def judge_of_heavy(folder: Path, *, repeats: int = 0) -> Judge:
+    model = heavy(repeats=repeats)
+    spec = TensorSpec(name="x", shape=(1, 1024), dtype="float32")
+    data = from_arrays(RNG.normal(size=(12, 1024)).astype(np.float32), inputs=[spec])
+    store = Store.open("judge", root=folder)
+    return Judge(
+        workshop=Workshop(source=model, calibration=data, device=Device.CPU, store=store),
+        yardstick=Ruler(),
+        metric=Closeness(near=1.0),
+        budget=AccuracyBudget(max_drop=0.1),
+        data=data,
+        reference=predict(model, data, properties=F32),
+        seed=0,
+        store=store,
+    )
+
+
 def test_weights_bind_a_model_that_uses_each_of_them_once(model: ov.Model) -> None:
     traffic = weigh(heavy())
     assert traffic is not None
@@ -535,20 +544,7 @@ def test_weights_bind_a_model_that_uses_each_of_them_once(model: ov.Model) -> No
 
 @pytest.mark.parametrize("repeats", [0, 32])
 def test_weight_only_candidates_are_judged_where_weights_bind(tmp_path: Path, repeats: int) -> None:
-    wide = heavy(repeats=repeats)
-    spec = TensorSpec(name="x", shape=(1, 1024), dtype="float32")
-    data = from_arrays(RNG.normal(size=(12, 1024)).astype(np.float32), inputs=[spec])
-    store = Store.open("judge", root=tmp_path)
-    judge = Judge(
-        workshop=Workshop(source=wide, calibration=data, device=Device.CPU, store=store),
-        yardstick=Ruler(),
-        metric=Closeness(near=1.0),
-        budget=AccuracyBudget(max_drop=0.1),
-        data=data,
-        reference=predict(wide, data, properties=F32),
-        seed=0,
-        store=store,
-    )
+    judge = judge_of_heavy(tmp_path, repeats=repeats)
     judge.judge_anchors({"float": [FLOAT], "plain INT8": [INT8]})
     (reason,) = search_weights(judge, options(), say=lambda text: None)
     tried = [t.plan.weights.mode for t in judge.trials if t.plan.weights is not None]
@@ -560,20 +556,7 @@ def test_weight_only_candidates_are_judged_where_weights_bind(tmp_path: Path, re
 
 
 def test_float_blocks_of_the_best_mix_store_their_weights_in_8_bits(tmp_path: Path) -> None:
-    wide = heavy()
-    spec = TensorSpec(name="x", shape=(1, 1024), dtype="float32")
-    data = from_arrays(RNG.normal(size=(12, 1024)).astype(np.float32), inputs=[spec])
-    store = Store.open("judge", root=tmp_path)
-    judge = Judge(
-        workshop=Workshop(source=wide, calibration=data, device=Device.CPU, store=store),
-        yardstick=Ruler(),
-        metric=Closeness(near=1.0),
-        budget=AccuracyBudget(max_drop=0.1),
-        data=data,
-        reference=predict(wide, data, properties=F32),
-        seed=0,
-        store=store,
-    )
+    judge = judge_of_heavy(tmp_path)
     mixed = CompressionPlan(quantization=QuantizationPlan(float_layers=("wide1",)))
     judge.judge_anchors({"float": [FLOAT], "INT8 beside float": [mixed]})
     (reason,) = search_weights(judge, options(), say=lambda text: None)

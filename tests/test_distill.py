@@ -415,8 +415,6 @@ def test_what_others_judge_later_comes_out_trained() -> None:
     assert given.outcome.best_step > 0
 
 
-
-
 def attentive(shift: float = 0.0) -> ov.Model:
     """A classifier of sequences of any length whose places can be masked out, the mask minus infinity."""
     rng = np.random.default_rng(5)
@@ -477,7 +475,7 @@ def test_open_sizes_do_not_hide_how_much_a_step_holds(monkeypatch: pytest.Monkey
     assert 1 <= max(seen) < 48
 
 
-def test_labels_of_a_dataset_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_of_a_dataset_are_asked_for() -> None:
     teacher, student = pair()
     labelled = from_arrays(
         IMAGES,
@@ -489,6 +487,8 @@ def test_labels_of_a_dataset_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> N
     assert [plan.label_weight for plan in plans] == [0.0, 0.3]
     with pytest.raises(InputError, match="labels=True"):
         vinoopt.distill(student, **settings, labels=[1, 2])
+    with pytest.raises(InputError, match="of a Dataset"):
+        vinoopt.distill(student, **{**settings, "data": IMAGES}, labels=True)
 
 
 def test_maps_behind_a_softmax_have_the_divergence_of_every_place() -> None:

@@ -357,25 +357,27 @@ def test_what_is_no_faster_in_the_end_has_bought_nothing(tmp_path: Path) -> None
     assert "bought nothing" in result.reasons[-1] and "0.99x" in result.reasons[-1]
 
 
-def test_what_cannot_be_trained_is_told_and_nothing_else_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path / "cache"))
+def compile_demo(folder: Path, count: int, **options: Any) -> vinoopt.Bundle:
     files = demo_files()
     with np.load(files.data) as digits:
-        images, labels = digits["images"][:40], digits["labels"][:40]
-    bundle = vinoopt.compile(
+        images, labels = digits["images"][:count], digits["labels"][:count]
+    return vinoopt.compile(
         files.model,
         data=images,
         labels=labels,
         preprocess=read_preprocess(files.preprocess),
         effort="distill",
-        quantize=False,
-        prune=False,
         tune=False,
-        output=tmp_path / "out",
+        output=folder / "out",
+        **options,
     )
-    (result,) = bundle.manifest.targets
+
+
+def test_what_cannot_be_trained_is_told_and_nothing_else_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path / "cache"))
+    (result,) = compile_demo(tmp_path, 40, quantize=False, prune=False).manifest.targets
     assert any(reason.startswith("nothing was distilled: 12 inputs are too few") for reason in result.reasons)
 
 
@@ -383,19 +385,7 @@ def test_what_cannot_be_trained_is_told_and_nothing_else_is_lost(
 def test_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "STAGE_S", 20.0)
     monkeypatch.setenv("VINOOPT_CACHE_DIR", str(tmp_path / "cache"))
-    files = demo_files()
-    with np.load(files.data) as digits:
-        images, labels = digits["images"][:700], digits["labels"][:700]
-    bundle = vinoopt.compile(
-        files.model,
-        data=images,
-        labels=labels,
-        preprocess=read_preprocess(files.preprocess),
-        budget=AccuracyBudget(metric="agreement", max_drop=0.002),
-        effort="distill",
-        tune=False,
-        output=tmp_path / "out",
-    )
+    bundle = compile_demo(tmp_path, 700, budget=AccuracyBudget(metric="agreement", max_drop=0.002))
     (result,) = bundle.manifest.targets
     if any("was faster when timed" in reason for reason in result.reasons):
         pytest.skip("on this machine, at this time, no narrower model was faster than plain INT8")

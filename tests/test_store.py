@@ -40,6 +40,10 @@ def test_arrays_are_computed_once_unless_they_are_too_large_to_keep(store: Store
         np.testing.assert_array_equal(found["a b"], [[0, 1, 2], [3, 4, 5]])
         assert str(found["text"]) == "of what"
         assert len(calls) == expected
+    path = store.folder / "numbers.npz"
+    path.write_bytes(path.read_bytes()[:40])
+    assert str(store.arrays("numbers", compute, most_bytes=1000)["text"]) == "of what"
+    assert len(calls) == 4, "what was cut off is made anew"
 
 
 def test_a_failure_leaves_nothing_behind(store: Store) -> None:

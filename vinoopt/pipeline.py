@@ -710,7 +710,9 @@ def _choose_for(
     def say(text: str) -> None:
         material.say(Event(stage="search", message=f"{target}: {text}"))
 
-    trains, why_not = _can_train(material)
+    is_asked = material.request.effort == DISTILL
+    why_not = _why_not_trained(material) if is_asked else ""
+    trains = is_asked and not why_not
     found = search(judge, _before_training(options) if trains else options, say=say)
     if why_not:
         found = replace(found, reasons=(*found.reasons, f"nothing was distilled: {why_not}"))
@@ -732,20 +734,15 @@ def _choose_for(
     return replace(choice, interrupted=found.is_interrupted)
 
 
-def _can_train(material: Material) -> tuple[bool, str]:
-    """Whether candidates are to be trained after the search, and why not, where that was asked for in vain.
-
-    Known before the search, which else would have less time for nothing.
-    """
-    if material.request.effort != DISTILL:
-        return False, ""
+def _why_not_trained(material: Material) -> str:
+    """Why no candidate can be trained, empty where some can: asked before the search, which then has all the time."""
     from vinoopt.distillation.school import check_can_teach
 
     try:
         check_can_teach(material.source.model, len(material.splits.calibration))
     except DistillationError as exc:
-        return False, str(exc)
-    return True, ""
+        return str(exc)
+    return ""
 
 
 def _before_training(options: SearchOptions) -> SearchOptions:

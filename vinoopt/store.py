@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypeVar, cast
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -127,11 +128,13 @@ class Store:
         return value
 
     def arrays(self, name: str, compute: Callable[[], Arrays], *, most_bytes: int) -> Arrays:
-        """The arrays kept under `name`, else what `compute` gives, which is then kept unless it is larger."""
+        """The arrays kept under `name`, else what `compute` gives, which is then kept unless it is larger.
+
+        A file that was cut off, as by a power failure, is made anew.
+        """
         path = self.folder / f"{name}.npz"
-        if path.is_file():
-            with np.load(path, allow_pickle=False) as kept:
-                return dict(kept)
+        with suppress(FileNotFoundError, BadZipFile, EOFError, ValueError), np.load(path) as kept:
+            return dict(kept)
         values = compute()
         if sum(array.nbytes for array in values.values()) <= most_bytes:
             with self.writing(path.name) as part:

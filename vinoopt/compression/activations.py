@@ -53,6 +53,15 @@ def iterate_calls(
     yield _join(waiting)
 
 
+def sized_like(model: ov.Model, values: Sequence[Any]) -> ov.Model:
+    """The model, or a copy with its open sizes as `values` have them: tensors of one call, in the inputs' order."""
+    if not model.is_dynamic():
+        return model
+    model = model.clone()
+    model.reshape({index: ov.PartialShape(list(value.shape)) for index, value in enumerate(values)})
+    return model
+
+
 def open_batch(*models: ov.Model) -> bool:
     """Open the first axis of all inputs, in place, of all models or of none; whether that is done.
 

@@ -36,9 +36,8 @@ class SearchOptions:
     """In `time.monotonic` seconds."""
     anchor_deadline: float | None = None
     """Of the baselines, which may use time that is else kept for choosing among candidates; None: `deadline`."""
-
     memory_bytes: float = math.inf
-    """What may be taken beyond what is held already."""
+    """Memory that may be taken beyond what is held already."""
 
     @property
     def is_late(self) -> bool:

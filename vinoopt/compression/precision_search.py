@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from vinoopt import serde
+from vinoopt.compression.activations import in_order, sized_like
 from vinoopt.compression.boundaries import MixCosts, fastest_mix, find_neighbours, fit_costs, trace_mixes
 from vinoopt.compression.frontier import FLOAT, INT8, FrontierPoint
 from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge
@@ -26,31 +26,16 @@ _FASTER = 0.99
 """A mix is judged only where it is predicted to take less than this share of the best time so far."""
 _RUN = 4
 """Blocks in a row that share their label in one of the mixes that are timed to learn what conversions cost."""
-_TOGETHER = "of those that do less damage than plain INT8, together"
+_ACCURATE = "accurate bias correction"
 _RECIPES_SHARES = {False: 0.25, True: 0.1}
 """Whether plain INT8 is inside the budget -> share of the time that is left for other recipes."""
-_MOST_KEPT = 2 << 30
-"""Bytes of activations that a recipe may keep."""
+_MOST_ACTIVATIONS = 2 << 30
+"""Bytes that accurate bias correction may keep."""
 _MILDER = 0.75
 """Share of plain INT8's damage from which down another recipe takes its place, where that is inside the budget."""
 _RESERVES = {"fast": (0.5,), "balanced": (0.5, 0.2), "thorough": (0.7, 0.4, 0.15)}
 """Shares of the best candidate's predicted damage at which safer ones are judged, by effort: the test part may
 refuse what the search part let pass, and the next candidate must not be the float model."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrecisionTables:
-    """What the search learnt about blocks."""
-
-    damages: Mapping[str, float]
-    """Output damage of each block alone in INT8, where the search asked."""
-    gains_us: Mapping[str, float]
-    """Time that INT8 saves in each block's own kernels on the target; negative where it costs."""
-    refused: frozenset[str]
-    """Blocks that the target's compiler does not take in INT8."""
-    recipe: QuantizationPlan | None
-    """What does the least damage; None where nothing is quantized."""
-    reasons: tuple[str, ...]
 
 
 class PrecisionSearch:
@@ -61,25 +46,18 @@ class PrecisionSearch:
         self.options = options
         self.say = say
         self.damages: dict[str, float] = {}
+        """Output damage of each block alone in INT8, where the search asked."""
         self.gains: dict[str, float] = {}
+        """Microseconds that INT8 saves in each block's own kernels on the target; negative where it costs."""
         self.refused: frozenset[str] = frozenset()
+        """Blocks that the target's compiler does not take in INT8."""
         self.recipe: QuantizationPlan | None = None
+        """What does the least damage; None where nothing is quantized."""
         self.reasons: list[str] = []
         self.seen: list[tuple[frozenset[str], float]] = []
         """Mixes that were timed: blocks in float, and microseconds beyond INT8 throughout."""
         self.int8_us = math.nan
         """INT8 throughout, in the unit of trials."""
-
-    @property
-    def tables(self) -> PrecisionTables:
-        """What is known by now."""
-        return PrecisionTables(
-            damages=self.damages,
-            gains_us=self.gains,
-            refused=self.refused,
-            recipe=self.recipe,
-            reasons=tuple(self.reasons),
-        )
 
     def run(self) -> None:
         """Judge candidates with some blocks in float."""
@@ -124,13 +102,12 @@ class PrecisionSearch:
         """
         base = self.options.base
         is_inside = any(t.state is TrialState.COMPLETE and t.plan.quantization is not None for t in self.judge.trials)
-        fits = kept_bytes(self.judge.workshop.source, base) <= min(self.options.memory_bytes / 2, _MOST_KEPT)
-        recipes = _recipes(base, self.options, only_free=is_inside, fits=fits)
+        recipes = _recipes(base, self.options, only_free=is_inside)
         if is_inside and len(recipes) == 1:
             return base
+        self._leave_out_what_does_not_fit(recipes)
         deadline = self.options.deadline_of(_RECIPES_SHARES[is_inside])
         damages: dict[str, tuple[float, QuantizationPlan]] = {}
-
         took_s = max((t.seconds for t in self.judge.trials if t.plan.quantization is not None), default=0.0)
 
         def is_late() -> bool:
@@ -141,23 +118,32 @@ class PrecisionSearch:
                 break
             self._expect((len(recipes) - number) * took_s, trials=0)
             damages[name] = (self._damage_of_recipe(name, recipe), recipe)
-        better = [entry for entry in damages.values() if entry[0] < damages["plain"][0]]
+        better = [name for name in damages if damages[name][0] < damages["plain"][0]]
         if len(better) > 1 and not is_late():
-            together = _together(base, [recipe for _, recipe in sorted(better, key=lambda entry: -entry[0])])
-            damages[_TOGETHER] = (self._damage_of_recipe(_TOGETHER, together), together)
+            better.sort(key=lambda name: -damages[name][0])
+            name, together = " and ".join(better), _together(base, [damages[each][1] for each in better])
+            damages[name] = (self._damage_of_recipe(name, together), together)
+        plain = damages["plain"][0]
         damages = {name: entry for name, entry in damages.items() if math.isfinite(entry[0])}
         if not damages:
             self.reasons.append("no recipe of the quantizer gives a model that runs")
             return None
         best = min(damages, key=lambda name: damages[name][0])
-        if is_inside and damages[best][0] > _MILDER * damages["plain"][0]:
+        if is_inside and damages[best][0] > _MILDER * plain:
             return base
         if best != "plain":
-            ratio = damages[best][0] / damages["plain"][0]
-            self.reasons.append(
-                f"recipe {best}: {ratio:.0%} of the damage of plain INT8, and the ground of the search"
-            )
+            runs = f"{damages[best][0] / plain:.0%} of the damage of plain INT8" if math.isfinite(plain) else "runs"
+            self.reasons.append(f"recipe with {best}: {runs}, and is the ground of the search")
         return damages[best][1]
+
+    def _leave_out_what_does_not_fit(self, recipes: dict[str, QuantizationPlan]) -> None:
+        """Takes accurate bias correction out where memory has no room for what it keeps, and says so."""
+        source, sample = self.judge.workshop.source, self.judge.workshop.calibration[0]
+        needed = kept_bytes(sized_like(source, in_order(source, sample)), self.options.base)
+        if _ACCURATE in recipes and needed > min(self.options.memory_bytes / 2, _MOST_ACTIVATIONS):
+            del recipes[_ACCURATE]
+            size = f"{needed / 2**20:.0f} MiB" if math.isfinite(needed) else "an unknown number"
+            self.reasons.append(f"{_ACCURATE} was not tried: it would keep {size} of activations")
 
     def _in_fastest_format(self, recipe: QuantizationPlan) -> None:
         """Judge the recipe in place of plain INT8, where that is the fastest."""
@@ -169,7 +155,7 @@ class PrecisionSearch:
             self.judge.judge(plan, note="the recipe of least damage")
 
     def _damage_of_recipe(self, name: str, recipe: QuantizationPlan) -> float:
-        self.say(f"recipe {name}")
+        self.say(f"recipe {name if name == 'plain' else f'with {name}'}")
         plan = CompressionPlan(quantization=recipe, float_precision=self._rest_precision())
         return self.judge.damage(plan, partial(self.judge.workshop.build, plan))
 
@@ -452,13 +438,10 @@ def _telling_mixes(blocks: Sequence[str]) -> list[set[str]]:
     return [mix for mix in mixes if mix]
 
 
-def _recipes(
-    base: QuantizationPlan, options: SearchOptions, *, only_free: bool, fits: bool
-) -> dict[str, QuantizationPlan]:
+def _recipes(base: QuantizationPlan, options: SearchOptions, *, only_free: bool) -> dict[str, QuantizationPlan]:
     """Recipes worth comparing, by effort; with `only_free`, those that leave the kernels as they are.
 
-    How ranges are found and biases corrected takes no time in the result. Asymmetric activations may. `fits` says
-    whether the activations that accurate bias correction keeps fit into memory.
+    How ranges are found and biases corrected takes no time in the result. Asymmetric activations may.
     """
     recipes = {"plain": base}
     if options.effort == "fast":
@@ -471,8 +454,8 @@ def _recipes(
     if base.activation_range is None:
         ranges = ("minmax", "histogram") if options.effort == "thorough" else ("minmax",)
         recipes |= {f"{name} ranges": serde.replace(base, activation_range=name) for name in ranges}
-    if base.fast_bias_correction and fits:
-        recipes["accurate bias correction"] = serde.replace(base, fast_bias_correction=False)
+    if base.fast_bias_correction:
+        recipes[_ACCURATE] = serde.replace(base, fast_bias_correction=False)
     return recipes
 
 

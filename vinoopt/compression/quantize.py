@@ -18,14 +18,13 @@ from vinoopt.accuracy.datasets import Dataset
 from vinoopt.errors import CompressionError, PlanError
 from vinoopt.records import Device, QuantizationPlan, WeightCompressionPlan
 
-RANGES = {
+_RANGES = {
     "minmax": "MINMAX",
     "mean_minmax": "MEAN_MINMAX",
     "quantile": "MEAN_QUANTILE",
     "histogram": "HISTOGRAM",
 }
 """`QuantizationPlan.activation_range` -> a name in NNCF's `RangeEstimatorParametersSet`."""
-
 
 _COPIES_OF_WEIGHTS = 1.2
 """That `nncf.quantize` takes at the least: 1.24 to 1.9 on chains of products and convolutions of 100 to 400 MiB."""
@@ -62,7 +61,11 @@ def calibration_bytes(model: ov.Model) -> int:
 
 
 def kept_bytes(model: ov.Model, plan: QuantizationPlan) -> float:
-    """What accurate bias correction keeps at a time: one tensor, of every sample; infinite where sizes are open."""
+    """Bytes that accurate bias correction keeps at a time; infinite where sizes are open.
+
+    NNCF 3.4 collects raw activations of all `plan.subset_size` samples, a layer at a time
+    (`quantization/algorithms/bias_correction/algorithm.py`, `get_raw_stat_collector`); counted as the largest tensor.
+    """
     ports = [port for node in model.get_ops() if node.get_type_name() != "Constant" for port in node.outputs()]
     if any(port.get_partial_shape().is_dynamic for port in ports):
         return math.inf
@@ -112,10 +115,10 @@ def _advanced(nncf: ModuleType, plan: QuantizationPlan) -> Any:
             convolution=-1, matmul=plan.smooth_quant_alpha
         )
     if plan.activation_range is not None:
-        if plan.activation_range not in RANGES:
-            raise PlanError(f'activation range "{plan.activation_range}" is not one of {", ".join(RANGES)}')
+        if plan.activation_range not in _RANGES:
+            raise PlanError(f'activation range "{plan.activation_range}" is not one of {", ".join(_RANGES)}')
         chosen: RangeEstimatorParameters = getattr(
-            RangeEstimatorParametersSet, RANGES[plan.activation_range]
+            RangeEstimatorParametersSet, _RANGES[plan.activation_range]
         )
         parameters.activations_range_estimator_params = chosen
     return parameters

@@ -118,17 +118,15 @@ class _Run:
         self.recipe: QuantizationPlan | None = None
         self.beyond: Beyond | None = None
         self.reasons: list[str] = []
-        self.can_calibrate = judge.workshop.is_calibrated or judge.shared.once("can calibrate", self._can_calibrate)
-
-    def _can_calibrate(self) -> bool:
-        """Whether statistics of the model's activations fit into memory; the same for all targets."""
-        needed, free = calibration_bytes(self.judge.workshop.source), self.options.memory_bytes
-        if needed > free and (self.options.quantize or self.options.prune):
+        # One answer for all targets of a run, which hold ever more memory; what was calibrated before is there.
+        free = judge.shared.once("free bytes", lambda: options.memory_bytes)
+        needed = calibration_bytes(judge.workshop.source)
+        self.can_calibrate = judge.workshop.is_calibrated or needed <= free
+        if not self.can_calibrate and (options.quantize or options.prune):
             self.reasons.append(
                 f"calibration of this model takes {needed / 2**20:.0f} MiB or more, and {free / 2**20:.0f} are free: "
                 "its weights are compressed without data, and nothing is pruned"
             )
-        return needed <= free
 
     def baselines(self) -> None:
         """What all else is compared with."""
@@ -186,10 +184,9 @@ class _Run:
         try:
             stage.run()
         finally:  # the time limit, or an interrupt, may end it from within
-            found = stage.tables
-            self.damages, self.gains = found.damages, found.gains_us
-            self.refused, self.recipe = found.refused, found.recipe
-            self.reasons += found.reasons
+            self.damages, self.gains = stage.damages, stage.gains
+            self.refused, self.recipe = stage.refused, stage.recipe
+            self.reasons += stage.reasons
 
     def weights(self) -> None:
         """Candidates that store weights in fewer bits and compute in float."""
@@ -206,10 +203,7 @@ class _Run:
         if not inside:
             self.reasons.append("nothing was pruned: not even the float model could be timed inside the budget")
             return
-        try:
-            self._widths(self._milder(min(inside, key=latency_of).plan))
-        except CANDIDATE_ERRORS as exc:
-            self.reasons.append(f"pruning was left out: {first_line(exc)}")
+        self._widths(self._milder(min(inside, key=latency_of).plan))
 
     def _milder(self, plan: CompressionPlan) -> CompressionPlan:
         """The plan by the recipe that was found to damage least, where that is inside the budget too."""
@@ -217,8 +211,6 @@ class _Run:
             return plan
         recipe = serde.replace(self.recipe, float_layers=plan.quantization.float_layers)
         milder = serde.replace(plan, quantization=recipe)
-        if not self.judge.knows(milder):
-            self.judge.judge(milder, note="the recipe of least damage")
         return milder if any(t.plan == milder for t in self._inside()) else plan
 
     def _widths(self, ground: CompressionPlan) -> None:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import openvino as ov
 
 from vinoopt import serde
-from vinoopt.compression.activations import Sample, in_order
+from vinoopt.compression.activations import Sample, in_order, sized_like
 from vinoopt.compression.judge import Judge
 from vinoopt.compression.options import SearchOptions
 from vinoopt.compression.precision_search import latency_of
@@ -41,7 +41,7 @@ class WeightTraffic:
     shared: tuple[str, ...] = ()
     """Layers whose weights are used more often: unpacking them would cost more than it saves."""
     bound: Mapping[str, int] = field(default_factory=dict)
-    """The other layers with weights, and how many bytes those are."""
+    """The layers that use each of their weights `REUSE` times at most, and how many bytes those are as f32."""
 
     @property
     def is_bound(self) -> bool:
@@ -56,11 +56,9 @@ class WeightTraffic:
 
 
 def weigh(model: ov.Model, sample: Sample | None = None) -> WeightTraffic | None:
-    """The traffic of the model, with a `sample` of inputs that are sized like it; None where shapes stay open."""
-    if model.is_dynamic() and sample is not None:
-        model = model.clone()
-        given = zip(model.inputs, in_order(model, dict(sample)), strict=True)
-        model.reshape({port: ov.PartialShape(array.shape) for port, array in given})
+    """The traffic of the model, its open sizes being those of `sample`; None where shapes stay open."""
+    if sample is not None:
+        model = sized_like(model, in_order(model, dict(sample)))
     try:
         costs = layer_costs(model)
     except ShapeError:

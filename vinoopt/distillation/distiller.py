@@ -13,12 +13,13 @@ import numpy as np
 import openvino as ov
 import torch
 
+from vinoopt.compression.activations import sized_like
 from vinoopt.distillation.augment import Augment, find_augment
 from vinoopt.distillation.equality import check_batches, check_equality
 from vinoopt.distillation.losses import Loss, is_row_shape, output_loss, relative_error, stacked
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.rules import failing, wide
-from vinoopt.distillation.school import CHECKED, School, bytes_of, digest_of, sized_like
+from vinoopt.distillation.school import CHECKED, School, bytes_of, digest_of
 from vinoopt.distillation.standing import Departure
 from vinoopt.distillation.training import (
     NOT_FINITE,
@@ -137,7 +138,10 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
         on_progress=lambda progress: run.say(progress_words(progress), progress.step, progress.steps),
     ).run()
     if outcome.reason == NOT_FINITE and not outcome.best_step:
-        raise DistillationError(f"the loss was not finite in step {outcome.steps}, so nothing could be learnt")
+        raise DistillationError(
+            f"the loss was not finite in step {outcome.steps}, so nothing could be learnt: check that the inputs and "
+            "the float model's outputs on them are finite"
+        )
     with failing("writing what was trained"):
         mirror.write()
         trained: ov.Model = work.clone()

@@ -95,7 +95,7 @@ def distill(
         peak_rate=_rate(model, master) if peak_rate is None else peak_rate,
         inner_weight=inner_weight,
         augments=augment is not False,
-        label_weight=0.0 if labels is None or labels is False else label_weight,
+        label_weight=0.0 if labels is None else label_weight,
         seed=seed,
     )
     return train(
@@ -126,9 +126,11 @@ def _teacher(
 
 def _dataset(data: Any, labels: Any, model: ov.Model, preprocess: Sequence[PreprocessSpec]) -> Dataset:
     if isinstance(data, Dataset):
-        if labels is None or isinstance(labels, bool):
+        if labels is None or labels is True:
             return data
         raise InputError("a Dataset carries its own labels: ask for them with labels=True, or give arrays or a path")
+    if labels is True:
+        raise InputError("labels=True asks for those of a Dataset; give class numbers, or a path or a key")
     inputs = [_spec(each) for each in model.inputs]
     if isinstance(data, str | Path):
         if labels is not None and not isinstance(labels, str | Path):

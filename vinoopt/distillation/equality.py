@@ -52,7 +52,10 @@ def check_equality(mirror: Mirror, calls: Sequence[Sequence[Any]]) -> None:
         pairs = [pair for own, its in zip(kernels, exact, strict=True) for pair in zip(own, its, strict=True)]
         apart = max((departure(own, its) for own, its in pairs), default=0.0)
         if not np.isfinite(apart):
-            raise DistillationError("the quantized model's outputs are not finite, so there is nothing to train from")
+            raise DistillationError(
+                "the quantized model's outputs are not finite, so there is nothing to train from; quantize it with "
+                "other ranges"
+            )
         _compare(mirror, exact, calls, max(ROUNDED_TOLERANCE, 2 * apart))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import openvino as ov
 
 from vinoopt.accuracy.datasets import Dataset
+from vinoopt.compression.activations import in_order, sized_like
 from vinoopt.cost_model import layer_costs
 from vinoopt.errors import ExtraMissing, ShapeError
 
@@ -15,16 +16,15 @@ _FEW, _MANY = 16, 64
 _HEAVY = 3_000_000
 """Elements that one sample moves through the layers, from which on a step has few samples, so that there are enough
 steps: a network for small images moves less than a million, one for photographs ten."""
-_USUAL_LAYERS = 20
-"""Where sizes are open: so many times the size of its inputs is taken for what a sample moves."""
 
 
 def usual_batch(model: ov.Model, data: Dataset) -> int:
     """Samples of one step where nothing else is asked for; `data` gives whole calls of `model`."""
     try:
-        moved = sum(layer.activations for layer in layer_costs(model))
-    except ShapeError:
-        moved = _USUAL_LAYERS * sum(array.size for array in data[0].values())
+        costs = layer_costs(sized_like(model, in_order(model, data[0])))
+    except ShapeError:  # some hang on the values of the inputs
+        return _MANY
+    moved = sum(layer.activations for layer in costs)
     return _FEW if moved / data.batch >= _HEAVY else _MANY
 
 

@@ -14,6 +14,7 @@ import torch
 
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, predict
+from vinoopt.compression.activations import sized_like
 from vinoopt.distillation.equality import check_batches, check_equality
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.rules import failing, wide
@@ -145,15 +146,6 @@ def _placed(mirror: Mirror, call: Batch) -> str:
         mirror.place("cpu")
         return "cpu"
     return where
-
-
-def sized_like(model: ov.Model, call: Batch) -> ov.Model:
-    """The model, or a copy with its open sizes as a call has them."""
-    if not model.is_dynamic():
-        return model
-    model = model.clone()
-    model.reshape({port: ov.PartialShape(list(x.shape)) for port, x in zip(model.inputs, call, strict=True)})
-    return model
 
 
 def _names(model: ov.Model, data: Dataset) -> list[str]:

@@ -314,7 +314,7 @@ class _Stage:
         What is predicted for each speed in turn, so that some of each are built where time is short.
         """
         over = [t for t in self.judge.trials if t.state is TrialState.OVER_BUDGET and _is_trainable(t.plan)]
-        plain = [t.plan for t in over if not t.plan.widths]
+        plain = [t for t in over if not t.plan.widths][:1]
         nearest = sorted(over, key=lambda t: math.inf if t.likely_drop is None else t.likely_drop)[:_NEAREST]
         at_speeds: list[Sequence[CompressionPlan]] = []
         for share in self._shares(best):
@@ -324,8 +324,8 @@ class _Stage:
             at_speeds.append(plans[:_AT_EACH_SPEED] if any(at_speeds) else plans)
         in_turn = [plan for each in itertools.zip_longest(*at_speeds) for plan in each if plan is not None]
         known = {t.plan for t in self.judge.trials if t.state is TrialState.COMPLETE}
-        mine = [*plain[:1], *(t.plan for t in nearest), *in_turn]
-        return [plan for plan in dict.fromkeys(mine) if plan not in known]
+        prospects = [*(t.plan for t in (*plain, *nearest)), *in_turn]
+        return [plan for plan in dict.fromkeys(prospects) if plan not in known]
 
     def _shares(self, best: Trial | None) -> list[float]:
         """Predicted times worth a look, over that of the best plan without pruning."""
