@@ -6,10 +6,11 @@
 Per model: one part of the data is for calibration and search, another for judgement; all roads are judged on the
 same images and measured side by side in one run, first one request at a time, then for throughput. Every road is
 prepared in a process of its own with a time limit and an empty cache, so that seconds and peak memory are its own
-(libraries included); a road that fails or is late has a line that says so. ONNX Runtime runs on the CPU whatever the
-device. One JSON line per road goes to the output and to the terminal, a table at the end. Models that the output
-already holds for the device are skipped. Development models are looked for in VINOOPT_SHARED, else in ../shared
-beside the checkout.
+(libraries included); a road that fails or is late has a line that says so. vinoopt goes twice: as long as it likes,
+and with a time limit of what NNCF's accuracy control took, where that came to an end. ONNX Runtime runs on the CPU
+whatever the device. One JSON line per road goes to the output and to the terminal, a table at the end. Models that
+the output already holds for the device are skipped. Development models are looked for in VINOOPT_SHARED, else in
+../shared beside the checkout.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ PER_CHANNEL_OPSET = 13
 """The first in which QuantizeLinear knows channels."""
 FLOATS = {"FP32": "f32", "BF16": "bf16", "FP16": "f16"}
 """What a device can compute in -> the word for it; the first that it has is the reference."""
-PLAIN, RESULT = "nncf.quantize", "vinoopt"
+PLAIN, RESULT, HURRIED = "nncf.quantize", "vinoopt", "vinoopt in control's time"
 CONTROL, ORT, ORT_INT8 = "nncf accuracy control", "onnxruntime", "onnxruntime int8"
 
 
@@ -74,6 +75,8 @@ class Task:
     effort: str
     folder: Path
     device: str
+    limit_s: float | None = None
+    """What a road that knows time limits is given."""
 
     @property
     def kind(self) -> Device:
@@ -178,7 +181,7 @@ def onnxruntime_int8(task: Task) -> dict[str, Any]:
 
 
 def compiled_bundle(task: Task) -> dict[str, Any]:
-    parts = task.parts
+    parts, folder = task.parts, task.folder / ("bundle" if task.limit_s is None else "hurried")
     bundle = vinoopt.compile(
         task.case.model,
         targets=(f"host:{task.kind}",),
@@ -192,7 +195,8 @@ def compiled_bundle(task: Task) -> dict[str, Any]:
         preprocess=task.case.preprocess,
         shape=task.case.shape_at(1),
         effort=task.effort,
-        output=task.folder / "bundle",
+        time_limit_s=task.limit_s,
+        output=folder,
         force=True,
     )
     result = bundle.result(task.kind.value)
@@ -208,8 +212,9 @@ ROADS: dict[str, Callable[[Task], dict[str, Any]]] = {
     CONTROL: accuracy_control,
     ORT_INT8: onnxruntime_int8,
     RESULT: compiled_bundle,
+    HURRIED: compiled_bundle,
 }
-"""Roads that have to be prepared."""
+"""Roads that have to be prepared, in this order."""
 
 
 def saved(model: ov.Model, folder: Path) -> str:
@@ -241,7 +246,13 @@ def run_case(name: str, task: Task, options: argparse.Namespace) -> Iterator[dic
     roads = float_roads(task)
     order, rows = [*(road.name for road in roads), *ROADS], []
     for road in ROADS:
-        found = in_child(["--prepare", road], name, task.folder, options)
+        words = ["--prepare", road]
+        if road == HURRIED:
+            control = next((each for each in roads if each.name == CONTROL), None)
+            if control is None or control.seconds is None:
+                continue
+            words += ["--limit", str(control.seconds)]
+        found = in_child(words, name, task.folder, options)
         if isinstance(found, str):
             rows.append({"case": name, "road": road, "failed": found})
         else:
@@ -400,7 +411,14 @@ def child(options: argparse.Namespace) -> int:
     case = cases()[name]
     source = case.source(1)
     task = Task(
-        case, source, case.load(source), options.max_drop, options.effort, options.folder, options.device
+        case,
+        source,
+        case.load(source),
+        options.max_drop,
+        options.effort,
+        options.folder,
+        options.device,
+        options.limit,
     )
     print(json.dumps(prepare(options.prepare, task)))
     return 0
@@ -459,6 +477,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("peers.jsonl"))
     parser.add_argument("--prepare", choices=tuple(ROADS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
         require_device(options.device)

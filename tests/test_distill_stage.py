@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip insta
 from test_distill import data, network  # noqa: E402
 
 import vinoopt  # noqa: E402
+from vinoopt import serde  # noqa: E402
 from vinoopt.accuracy.datasets import Dataset  # noqa: E402
 from vinoopt.accuracy.evaluate import Predictions, predict  # noqa: E402
 from vinoopt.compression.build import Workshop  # noqa: E402
@@ -179,13 +180,16 @@ def test_what_training_brought_inside_is_the_start_for_faster_ones(
     assert len(trained) > 1 and set(trained[:-1]) <= {8, 7, 6}
 
 
-def runner(kept: int, drop: float | None = None, *, is_spent: bool = False) -> Runner:
-    """One that takes a millisecond for every kept channel, by its drop after training; None: not trained yet."""
-    trial = None
+def runner(
+    kept: int, drop: float | None = None, *, is_spent: bool = False, is_trained: bool = True
+) -> Runner:
+    """One that takes a millisecond for every kept channel, by its drop; None: neither trained nor judged yet."""
+    trial, plan = None, pruned(kept)
     if drop is not None:
         state = TrialState.COMPLETE if drop <= 0.01 else TrialState.OVER_BUDGET
-        trial = Trial(number=0, plan=pruned(kept), state=state, target="ruler:CPU", drop=drop, drop_high=drop + 0.008)
-    return Runner(plan=pruned(kept), latency_ms=float(kept), damage=1 / kept, trial=trial, is_spent=is_spent)
+        plan = serde.replace(plan, distillation=DistillationPlan(runs=(10,))) if is_trained else plan
+        trial = Trial(number=0, plan=plan, state=state, target="ruler:CPU", drop=drop, drop_high=drop + 0.008)
+    return Runner(plan=plan, latency_ms=float(kept), damage=1 / kept, trial=trial, is_spent=is_spent)
 
 
 @pytest.mark.parametrize(
@@ -198,12 +202,32 @@ def runner(kept: int, drop: float | None = None, *, is_spent: bool = False) -> R
         ([runner(5, 0.008), runner(6, 0.02)], [5, 6]),  # no faster than what is inside: in case that is refused
         ([runner(5, 0.001), runner(6, 0.02)], []),  # which a safe one will not be
         ([runner(6, 0.03, is_spent=True), runner(4, 0.05)], [4, 6]),
+        ([runner(5), runner(6, 0.006, is_trained=False)], [6, 5]),  # a result in hand is made safe before anything
+        ([runner(5), runner(6, 0.001, is_trained=False)], [5]),
     ],
 )
 def test_what_would_be_the_fastest_inside_is_trained_first(runners: list[Runner], order: list[int]) -> None:
     assert [each.latency_ms for each in worth_a_run(runners, 0.01)] == order
     fresh = [each for each in runners if not each.is_spent]
     assert worth_a_run(runners, 0.01, only_fresh=True) == worth_a_run(fresh, 0.01)
+
+
+@pytest.mark.parametrize("is_near", [True, False], ids=["near the budget", "far inside"])
+def test_the_best_of_the_search_is_made_safe_where_it_is_near_the_budget(tmp_path: Path, is_near: bool) -> None:
+    probe = judge_in(tmp_path / "probe", max_drop=2.0)
+    drop = probe.judge(pruned(8)).drop
+    assert drop is not None and drop > 0
+    judge = judge_in(tmp_path, max_drop=1.1 * drop if is_near else 10 * drop)
+    judge.judge(pruned(8))
+    result = distill_beyond(judge, found_by(judge, {}), StageOptions(), say=lambda text: None)
+    trained = [t for t in result.trials if t.plan.distillation is not None]
+    if not is_near:
+        assert not trained and result.reasons[-1].startswith("nothing was distilled")
+        return
+    assert {len(t.plan.widths[0].kept) for t in trained} == {8}
+    assert min(t.drop for t in trained if t.drop is not None) < drop
+    assert "made nothing faster, but may have made the best safer" in result.reasons[-1]
+    assert f"{drop:+.4f} without training" in result.reasons[-1]
 
 
 def test_what_training_brings_nothing_is_not_trained_for_ever(

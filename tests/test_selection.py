@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 import pytest
 
+from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset, from_arrays
 from vinoopt.accuracy.evaluate import Predictions
 from vinoopt.accuracy.metrics import find_metric
@@ -21,6 +22,7 @@ from vinoopt.records import (
     CompressionPlan,
     Device,
     DeviceSpec,
+    DistillationPlan,
     Evidence,
     Measurement,
     Precision,
@@ -180,6 +182,20 @@ def test_one_of_the_same_kind_is_not_asked_about_until_chance_lets_it_pass() -> 
     world = World(plans=plans)
     assert world.chosen().plan == SAFE
     assert TWIN not in world.judged
+
+
+def test_of_those_that_differ_in_training_alone_the_safest_is_asked_about() -> None:
+    trained = serde.replace(FAST, distillation=DistillationPlan(runs=(50,)))
+    longer = serde.replace(FAST, distillation=DistillationPlan(runs=(50, 100)))
+    plans = {
+        FLOAT: (4.0, 0.0, 0.0),
+        FAST: (1.4, 0.009, 0.0),
+        trained: (1.5, 0.007, 0.0),
+        longer: (1.6, 0.003, 0.0),
+    }
+    world = World(plans=plans)
+    assert world.chosen().plan == longer, "its time is the others' but for noise"
+    assert FAST not in world.judged and trained not in world.judged
 
 
 def test_plain_int8_takes_the_place_of_a_candidate_that_is_slower() -> None:

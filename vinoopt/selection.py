@@ -150,9 +150,10 @@ class _Selection:
     def ranked(self) -> list[Trial]:
         """Candidates, the fastest first; those in front are timed again side by side.
 
-        Each was timed at another moment of the search, so the order of near ones is partly chance.
+        Each was timed at another moment of the search, so the order of near ones is partly chance. Of those that
+        differ in training alone, which moves no time, there is one.
         """
-        candidates = list(self.found.candidates)
+        candidates = _the_safest_of_alike(self.found.candidates)
         front, rest = candidates[:_TIMED_AGAIN], candidates[_TIMED_AGAIN:]
         if len(front) < 2 or self.is_late:
             return candidates
@@ -329,6 +330,14 @@ class _Selection:
 def _likely(trial: Trial) -> float:
     """The drop to expect; infinite where it is not known."""
     return math.inf if trial.likely_drop is None else trial.likely_drop
+
+
+def _the_safest_of_alike(candidates: Sequence[Trial]) -> list[Trial]:
+    """In the order given, of those that differ in training alone the one with the least drop."""
+    alike: dict[CompressionPlan, list[Trial]] = {}
+    for trial in candidates:
+        alike.setdefault(serde.replace(trial.plan, distillation=None), []).append(trial)
+    return [min(each, key=_likely) for each in alike.values()]
 
 
 def float_blocks(

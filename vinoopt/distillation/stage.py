@@ -1,10 +1,12 @@
 """The stage of the search behind the training-free frontier: too damaged, but faster, and worth training.
 
-Candidates are built as they stand and timed before any of them is trained, since training moves no time; those for
-which there is one that is faster and less damaged are left out. Then they are halved (Jamieson & Talwalkar 2016,
-arXiv 1502.07943): as many as there is time for get a short run, those that are left get longer ones, and the best of
-them what time is left. Where one came inside the budget and time is left, still faster ones are looked for. Each run
-is a candidate of its own, judged by OpenVINO on the search part like every other, and may win.
+The fastest candidate of the search is trained as well where the test part may refuse it: a result in hand, to be
+made safe before what is faster. Candidates are built as they stand and timed before any of them is trained, since
+training moves no time; those for which there is one that is faster and less damaged are left out. Then they are
+halved (Jamieson & Talwalkar 2016, arXiv 1502.07943): as many as there is time for get a short run, those that are
+left get longer ones, and the best of them what time is left. Where one came inside the budget and time is left, still
+faster ones are looked for. Each run is a candidate of its own, judged by OpenVINO on the search part like every
+other, and may win.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 STAGE_S = 1200.0
 """For the whole stage, without a time limit."""
-SPEEDS = (1.12, 1.25, 1.4)
+SPEEDS = (1.08, 1.18, 1.35)
 """How many times faster than the best training-free candidate the prospects are predicted to be."""
 RUNG_SHARES = (0.25, 0.4, 1.0)
 """Of the time that is left then, for each round of runs; a round of one candidate gets all of it."""
@@ -114,17 +116,18 @@ class Runner:
 def worth_a_run(runners: Sequence[Runner], max_drop: float, *, only_fresh: bool = False) -> list[Runner]:
     """What to train next: nothing slower than what is safely inside the budget already.
 
-    First what would be the fastest inside, the nearest to it in front; then what is inside, but not safely, the
-    fastest in front; then, for the case that the test part refuses those, the rest. What its last run brought nothing
-    comes behind all others, or, with `only_fresh`, not at all.
+    First what the search itself found inside, which a run may make safe; then what would be the fastest inside, the
+    nearest to it in front; then what is inside, but not safely, the fastest in front; then, for the case that the
+    test part refuses those, the rest. What its last run brought nothing comes behind all others, or, with
+    `only_fresh`, not at all.
     """
     safe = min((r.latency_ms for r in runners if r.is_safe(max_drop)), default=math.inf)
     inside = min((r.latency_ms for r in runners if r.is_inside), default=math.inf)
 
     def order(runner: Runner) -> tuple[bool, int, float, float]:
         if runner.is_inside:
-            return runner.is_spent, 1, runner.latency_ms, 0.0
-        return runner.is_spent, 0 if runner.latency_ms < inside else 2, runner.drop, runner.damage
+            return runner.is_spent, 2 if runner.runs else 0, runner.latency_ms, 0.0
+        return runner.is_spent, 1 if runner.latency_ms < inside else 3, runner.drop, runner.damage
 
     found = [r for r in runners if r.is_open and r.latency_ms < safe and not (only_fresh and r.is_spent)]
     return sorted(found, key=order)
@@ -133,6 +136,10 @@ def worth_a_run(runners: Sequence[Runner], max_drop: float, *, only_fresh: bool 
 def _is_trainable(plan: CompressionPlan) -> bool:
     """Whether it is compressed in a way that training can make good, and was not trained yet."""
     return plan.distillation is None and plan.weights is None and bool(plan.quantization or plan.widths)
+
+
+def _untrained(plan: CompressionPlan) -> CompressionPlan:
+    return serde.replace(plan, distillation=None)
 
 
 def _undominated(runners: Sequence[Runner]) -> list[Runner]:
@@ -209,13 +216,12 @@ class _Stage:
         """Train, halve, train on; where that brought one into the budget, look for still faster ones."""
         best = min(self.found.candidates, key=latency_of, default=None)
         plans = self._prospects(best)
-        if not plans:
-            self.reasons.append("nothing was distilled: the search knows no faster candidate beyond the budget")
-            return
         self.judge.workshop.distill = self._distilled
-        runners = self._timed(plans, best)
+        faster = self._timed(plans, best)
+        runners = [*self._in_hand(best, faster), *faster]
         if not runners:
-            self.reasons.append("nothing was distilled: no candidate beyond the budget was faster when timed")
+            why = "was faster when timed" if plans else "is known to the search that would be faster"
+            self.reasons.append(f"nothing was distilled: no candidate beyond the budget {why}")
             return
         try:
             self.cost = self._measured_cost(runners[0])
@@ -235,7 +241,7 @@ class _Stage:
     def _further(self, runners: Sequence[Runner]) -> list[Runner]:
         """New runners, faster than the fastest that came inside; none where none did, or time is short."""
         inside = [runner for runner in runners if runner.is_inside]
-        self.tried |= {serde.replace(runner.plan, distillation=None) for runner in runners}
+        self.tried |= {_untrained(runner.plan) for runner in runners}
         if not inside or self._run_s(_LEAST_STEPS) > self._left():
             return []
         fastest = min(inside, key=lambda runner: runner.latency_ms)
@@ -359,6 +365,15 @@ class _Stage:
             if ms < limit
         ]
         return sorted(_undominated(runners), key=lambda runner: runner.damage)
+
+    def _in_hand(self, best: Trial | None, faster: Sequence[Runner]) -> list[Runner]:
+        """The best candidate of the search, where it can be trained and the test part may refuse it."""
+        if best is None or not _is_trainable(best.plan):
+            return []
+        latency_ms = max([latency_of(best), *(runner.latency_ms for runner in faster)])  # all timed beside it
+        damage = self.judge.damage(best.plan, partial(self.judge.workshop.build, best.plan))
+        runner = Runner(plan=best.plan, latency_ms=latency_ms, damage=damage, trial=best)
+        return [] if runner.is_safe(self.judge.budget.max_drop) else [runner]
 
     def _built(self, plans: Sequence[CompressionPlan]) -> list[CompressionPlan]:
         """The plans whose models could be built in time."""
@@ -492,7 +507,9 @@ class _Stage:
         if won:
             fastest = min(won, key=latency_of)
             ground = "nothing inside the budget" if best is None else best.plan.title
-            result = f"{fastest.plan.title}, {fastest.drop_words} on the search part"
+            result = f"{fastest.plan.title}, {fastest.drop_words}{self._before(fastest)} on the search part"
+            if best is not None and _untrained(fastest.plan) == best.plan:
+                return f"distillation ({spent}) made nothing faster, but may have made the best safer: {result}"
             gain = math.inf if best is None else latency_of(best) / latency_of(fastest)
             if gain <= 1:
                 return f"distillation ({spent}) bought nothing: {result}, but {gain:.2f}x as fast as {ground}"
@@ -508,6 +525,6 @@ class _Stage:
         )
 
     def _before(self, trial: Trial) -> str:
-        plain = serde.replace(trial.plan, distillation=None)
+        plain = _untrained(trial.plan)
         untrained = next((t for t in self.judge.trials if t.plan == plain and t.drop is not None), None)
         return "" if untrained is None else f", {untrained.drop:+.4f} without training,"
