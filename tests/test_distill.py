@@ -109,6 +109,27 @@ def test_the_same_seed_gives_the_same_model() -> None:
     assert bytes_of(first.model) != bytes_of(other.model)
 
 
+def test_bfloat16_comes_as_near_and_is_left_out_where_it_would_drown_what_is_learnt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def results(student: ov.Model, steps: int) -> list[Distilled]:
+        found = []
+        for has in (True, False):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
+            options = {"steps": steps, "batch": 16, "threads": 1, "peak_rate": 0.003}
+            found.append(vinoopt.distill(student, teacher=network(), data=IMAGES, **options))
+        return found
+
+    halved, exact = results(pair()[1], 60)
+    assert bytes_of(halved.model) != bytes_of(exact.model)
+    assert halved.is_better and halved.after < 1.1 * exact.after
+    teacher = network()
+    near = network(weights={name: 1.0001 * value for name, value in network.made.items()})  # type: ignore[attr-defined]
+    assert bytes_of(near) != bytes_of(teacher)
+    halved, exact = results(near, 10)
+    assert bytes_of(halved.model) == bytes_of(exact.model)
+
+
 def test_it_never_returns_something_worse() -> None:
     result = distilled(20, peak_rate=30.0)
     assert not result.is_better

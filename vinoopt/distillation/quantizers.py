@@ -70,7 +70,7 @@ class Grid:
 
 def fake_quantize(x: Any, theta: Any, grid: Grid, *, has_samples: bool = False) -> Any:
     """`x` on the grid scaled by exp(theta), with gradients for both; `has_samples` says what its first axis is."""
-    grid = grid.at(x.device)
+    grid, x = grid.at(x.device), x.float()  # levels are finer than bfloat16 tells
     return _onto_output(_FakeQuantize.apply(x, theta, grid, has_samples), theta, grid)
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import openvino as ov
 import torch
 
 from vinoopt.distillation.augment import Augment
@@ -41,9 +40,10 @@ _REPORTS, _FIRST_LOOK = 20, 10
 """In a whole run, at even distances; and the first that looks at the held-back inputs, as none is best before."""
 _LEAST_BETTER, _TINY_LOSS = 1e-4, 1e-7
 """Of the best loss, and absolute: what a new best must be below it by. Less is the rounding of sums."""
-_HALF_NOISE = 0.01
-"""Of the student's loss, what a teacher in bfloat16 may be away from itself: it takes half the time where the CPU
-has such arithmetic, and its rounding is not what is to be learned."""
+_HALF_NOISE, _OWN_NOISE = 0.01, 0.1
+"""Of the student's loss, what teacher and student in bfloat16 may be away from themselves. Contractions take half the
+time where the CPU has such arithmetic. The teacher's rounding must not be what is learned; the student's own is noise
+beside that of its quantizers, and no look at the held-back inputs has it."""
 _CHECKPOINT_S = 60.0
 TIME_LIMIT, NOT_FINITE = "time limit", "not finite"
 
@@ -163,6 +163,9 @@ class Training:
     _looking: float = 0.0
     _started: float = 0.0
     _halves: bool = False
+    """Whether the teacher computes in bfloat16 while training."""
+    _own_halves: bool = False
+    """Whether the student does."""
 
     def run(self) -> Outcome:
         """Train until done, too late, or no better; leaves the best state in the student.
@@ -199,7 +202,8 @@ class Training:
             self._report()
             if not self.settings.may_keep_first:
                 self._best_loss = math.inf
-        self._halves = self._may_halve()
+            if self._device.type == "cpu" and _has_bf16():
+                self._halves, self._own_halves = self._may_halve(), self._student_may_halve()
 
     def _run(self) -> Outcome:
         steps = self.settings.steps
@@ -244,21 +248,47 @@ class Training:
         )
 
     def _may_halve(self) -> bool:
-        """Whether the teacher is asked in bfloat16."""
-        if self._device.type != "cpu" or "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            return False
+        """Whether the teacher may be asked in bfloat16."""
         keys = self.material.teacher_keys[: len(self.material.loss.outputs)]
         try:
-            halved = [self._asked(chunk, keys, halves=True) for chunk in self._held_chunks()[:1]]
+            halved = self._asked(self._held_chunks()[0], keys, halves=True)
         except DistillationError:  # an operator that PyTorch lacks in this type
             return False
-        noise = float(self.material.loss.of_outputs(halved[0], self._held_targets[0]))
-        return noise < _HALF_NOISE * self._first_loss
+        return self._is_little(halved, self._held_targets[0], _HALF_NOISE)
+
+    def _student_may_halve(self) -> bool:
+        """Whether the student may compute in bfloat16, forwards and back."""
+        keys = self.material.student_keys[: len(self.material.loss.outputs)]
+        chunk = self._held_chunks()[0]
+        try:
+            with torch.no_grad():
+                exact = self.student(chunk, keys)
+            halved = self._answered(chunk, keys, halves=True)
+            with failing("a step in bfloat16"):
+                self.material.loss.of_outputs(halved, self._held_targets[0]).backward()
+        except DistillationError:
+            return False
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        is_finite = all(bool(torch.isfinite(grad).all()) for grad in grads)
+        self._optimizer.zero_grad(set_to_none=True)
+        return is_finite and self._is_little([value.detach() for value in halved], exact, _OWN_NOISE)
+
+    def _is_little(self, halved: Sequence[Any], exact: Sequence[Any], share: float) -> bool:
+        """Whether values are away from exact ones by less than this share of the student's loss."""
+        return float(self.material.loss.of_outputs(halved, exact)) < share * self._first_loss
 
     def _asked(self, inputs: Batch, keys: Sequence[Key], *, halves: bool = False) -> list[Any]:
         """The teacher's values."""
-        with torch.no_grad(), torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=halves):
-            values = self.teacher(inputs, keys)
+        with torch.no_grad():
+            return self._computed(self.teacher, inputs, keys, halves)
+
+    def _answered(self, inputs: Batch, keys: Sequence[Key], *, halves: bool) -> list[Any]:
+        """The student's values, with gradients."""
+        return self._computed(self.student, inputs, keys, halves)
+
+    def _computed(self, mirror: Mirror, inputs: Batch, keys: Sequence[Key], halves: bool) -> list[Any]:
+        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=halves):
+            values = mirror(inputs, keys)
         return [value.float() if halves and value.is_floating_point() else value for value in values]
 
     def _share(self) -> float:
@@ -308,7 +338,7 @@ class Training:
             inputs = material.augment(inputs, self._generator)
         count = None if inner_weight else len(material.loss.outputs)
         target = self._asked(inputs, material.teacher_keys[:count], halves=self._halves)
-        values = self.student(inputs, material.student_keys[:count])
+        values = self._answered(inputs, material.student_keys[:count], halves=self._own_halves)
         loss = material.loss(values, target, inner_weight=inner_weight)
         if labels is None:
             return loss
@@ -456,8 +486,15 @@ class Training:
 
 _NUMBERS = (
     "_best_step", "_best_loss", "_first_loss", "_held_loss", "_looked_at", "_agreement", "_running", "_looking",
+    "_halves", "_own_halves",
 )  # fmt: skip
-"""Of a run, kept in its checkpoint."""
+"""Of a run, kept in its checkpoint: numbers, and what was settled at its beginning."""
+
+
+def _has_bf16() -> bool:
+    """Whether the CPU has arithmetic in bfloat16, rather than imitating it."""
+    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older ones do not tell
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def _is_below(loss: float, best: float) -> bool:
