@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 
 from vinoopt.accuracy.datasets import Dataset, from_arrays, load_dataset, split
 from vinoopt.accuracy.labels import BoxLabels
+from vinoopt.accuracy.metrics import TopK
 from vinoopt.errors import DataError
 from vinoopt.records import PreprocessSpec, TensorSpec
 
@@ -274,19 +276,42 @@ def test_what_is_no_numpy_file_is_refused(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- labels
 
 
+def test_labels_are_one_per_sample() -> None:
+    with pytest.raises(DataError, match="11 labels for 12 samples"):
+        from_arrays(floats(COUNT, 3, 8, 8), inputs=[X], labels=np.arange(COUNT - 1))
+
+
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (np.arange(COUNT - 1), "11 labels for 12 samples"),
         (np.linspace(0, 1, COUNT), "not whole numbers"),
-        (["cat"] * COUNT, "not whole numbers"),
-        (np.arange(COUNT) - 1, "label -1 of sample 0 is negative"),
+        (["cat"] * COUNT, "of another kind"),
+        (np.arange(COUNT) - 1, "label -1 is negative"),
         (np.full(COUNT, np.nan), "not whole numbers"),
+        (np.zeros((COUNT, 3), np.int64), "of another kind"),
     ],
 )
-def test_labels_that_cannot_be_classes_are_refused(labels: object, words: str) -> None:
+def test_labels_that_cannot_be_classes_are_refused_by_whoever_needs_classes(labels: object, words: str) -> None:
+    dataset = from_arrays(floats(COUNT, 3, 8, 8), inputs=[X], labels=labels)
     with pytest.raises(DataError, match=words):
-        from_arrays(floats(COUNT, 3, 8, 8), inputs=[X], labels=labels)
+        TopK(k=1, output="y").check_labels(dataset.labels)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.linspace(0, 1, COUNT),  # what a regression aims at
+        np.tile([3, -100], (COUNT, 4)),  # tokens, some of which are ignored
+        np.eye(COUNT, 5),  # several classes at once
+        [f"said {i}" for i in range(COUNT)],
+    ],
+    ids=["targets", "tokens", "several classes", "words"],
+)
+def test_labels_of_metrics_of_ones_own_come_as_they_were_given(labels: Any) -> None:
+    dataset = from_arrays(floats(COUNT, 3, 8, 8), inputs=[X], labels=labels)
+    assert dataset.labels is not None and len(dataset.labels) == COUNT
+    for got, wanted in zip(dataset.labels, labels, strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -374,6 +375,48 @@ def test_metrics_of_ones_own_are_resampled() -> None:
     )
     assert drop.low < drop.value < drop.high
     assert drop.verdict is Verdict.PROVEN
+
+
+class Picky(Median):
+    """Has no value where the least of all samples is missing, as an area under a curve where one class is."""
+
+    def __init__(self, least: float, pause_s: float = 0.0) -> None:
+        self.least, self.pause_s, self.calls = least, pause_s, 0
+
+    def value(self, statistics: Any) -> float:
+        self.calls += 1
+        time.sleep(self.pause_s)
+        if min(statistics) > self.least:
+            raise ValueError("only one class is present")
+        return float(np.mean(statistics))
+
+
+def test_a_resample_without_a_value_does_not_take_the_others_with_it() -> None:
+    before = np.linspace(0.5, 1.0, 20)
+    after, limits = before - np.linspace(0.05, 0.15, 20), AccuracyBudget(metric="median", max_drop=0.5)
+
+    def drop(metric: Picky) -> Drop:
+        return paired_drop(metric, scores_of(metric, before), scores_of(metric, after), budget=limits, seed=0)
+
+    some = drop(Picky(before[0]))
+    assert some.value == pytest.approx(0.1) and some.low < some.value < some.high
+    metric = Picky(before[0])
+    scores = scores_of(metric, before), scores_of(metric, after)
+    metric.least = -1.0
+    none = paired_drop(metric, *scores, budget=limits, seed=0)
+    assert none.value == pytest.approx(0.1) and none.method == "no resample has a value"
+
+
+def test_a_slow_metric_is_resampled_less_and_the_float_model_s_part_once() -> None:
+    before, limits = np.linspace(0.5, 1.0, 20), AccuracyBudget(metric="median", max_drop=0.5)
+    metric = Picky(np.inf, pause_s=0.02)
+    reference = scores_of(metric, before)
+    first = paired_drop(metric, reference, scores_of(metric, before**2), budget=limits, seed=0)
+    calls = metric.calls
+    paired_drop(metric, reference, scores_of(metric, before**3), budget=limits, seed=0)
+    assert first.low < first.value < first.high
+    assert calls < 1200
+    assert metric.calls - calls < 0.6 * calls
 
 
 # --------------------------------------------------------------------------- coverage

@@ -210,6 +210,17 @@ def test_outputs_whose_largest_is_always_the_same_are_no_decisions() -> None:
     assert not never_decides(find("cosine"), landmarks)
 
 
+def test_embeddings_and_outlines_are_no_decisions() -> None:
+    rng = np.random.default_rng(0)
+    agreement = find("agreement", TensorSpec(name="v", shape=(1, 64), dtype="float32"))
+    scores = [{"v": rng.normal(size=(1, 64))} for _ in range(30)]
+    embeddings = [{"v": call["v"] / np.linalg.norm(call["v"])} for call in scores]
+    outlines = [{"v": call["v"] + 50 * (np.arange(64) == rng.choice([3, 9]))} for call in scores]
+    assert not never_decides(agreement, scores)
+    assert never_decides(agreement, embeddings[:4])
+    assert never_decides(agreement, outlines) and not never_decides(agreement, outlines[:10])
+
+
 def test_a_classifier_among_several_outputs_is_found() -> None:
     assert find("top1", FEATURES, LOGITS).output == "logits"
     assert find("auto", FEATURES, LOGITS, output="logits").name == "top1"

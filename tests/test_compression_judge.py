@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,7 @@ from vinoopt.records import (
     TensorSpec,
     Trial,
     TrialState,
+    WeightCompressionPlan,
 )
 from vinoopt.store import Store
 
@@ -282,8 +287,8 @@ def test_a_milder_recipe_takes_the_place_of_plain_int8_that_is_inside(
     assert (best.fast_bias_correction, best.preset) == (False, None), "what may take time is not tried"
     assert INT8 not in [t.plan for t in found.candidates], "the same kernels are not timed twice"
     tight = judge_of(model, reference, tmp_path / "tight", Choosy(model), near=10.0)
-    found = search(tight, options(memory_bytes=1 << 20), say=lambda text: None)
-    assert any("bias correction was not tried: it would keep 1 MiB" in reason for reason in found.reasons)
+    found = search(tight, options(memory_bytes=1 << 18), say=lambda text: None)
+    assert any("bias correction was not tried: it would keep 0.188 MiB" in reason for reason in found.reasons)
     assert all(t.plan.quantization is None or t.plan.quantization.fast_bias_correction for t in found.trials)
     again = judge_of(model, reference, tmp_path / "fast", Choosy(model), near=10.0)
     assert search(again, options(effort="fast"), say=lambda text: None).candidates[0].plan == INT8
@@ -324,6 +329,65 @@ def test_a_resumed_search_repeats_nothing(model: ov.Model, reference: Prediction
     assert ruler.run == []
     assert ruler.timed == []
     assert [t.plan for t in repeated.trials] == [t.plan for t in found.trials]
+
+
+def test_what_an_earlier_session_found_is_not_lost_where_this_one_ends_sooner(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    first = judge_of(model, reference, tmp_path, Ruler(), near=10.0)
+    first.judge_anchors({"float": [FLOAT], "plain INT8": [INT8]})
+    mixed = first.judge(with_floats("inner1"))
+    assert mixed.state is TrialState.COMPLETE
+    again = judge_of(model, reference, tmp_path, ruler := Ruler(), near=10.0)
+    again.resume()
+    late = options(deadline=time.monotonic() - 1)
+    assert mixed.plan in [t.plan for t in search(again, late, say=lambda text: None).trials]
+    assert ruler.run == []
+    floats_only = judge_of(model, reference, tmp_path, Ruler(), near=10.0)
+    floats_only.resume()
+    found = search(floats_only, options(quantize=False), say=lambda text: None)
+    assert [t.plan for t in found.trials] == [FLOAT]
+
+
+def test_one_anchor_that_fails_does_not_have_all_run_again(
+    model: ov.Model, reference: Predictions, tmp_path: Path
+) -> None:
+    bad = CompressionPlan(quantization=QuantizationPlan(), weights=WeightCompressionPlan(mode="none such"))
+    anchors = {"float": [FLOAT], "plain INT8": [INT8, bad]}
+    judge_of(model, reference, tmp_path, Ruler()).judge_anchors(anchors)
+    again = judge_of(model, reference, tmp_path, ruler := Ruler())
+    again.resume()
+    again.judge_anchors(anchors)
+    assert ruler.run == []
+    assert [t.state for t in again.trials] == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAILED]
+
+
+class Deadly(Ruler):
+    """Ends the process where INT8 is run, as a crash of native code does."""
+
+    def predict(self, plan: CompressionPlan, model: ov.Model, data: Dataset) -> Predictions:
+        if plan == INT8:
+            os._exit(9)
+        return super().predict(plan, model, data)
+
+
+def session_in(folder: Path) -> Judge:
+    """Of a target that INT8 is deadly to, going on where an earlier one was ended."""
+    float_model = small()
+    judge = judge_of(float_model, predict(float_model, DATA, properties=F32), folder, Deadly())
+    judge.resume()
+    return judge
+
+
+def test_what_ends_the_process_each_time_is_left_out(tmp_path: Path) -> None:
+    code = f"import pathlib, {__name__} as t; t.session_in(pathlib.Path({str(tmp_path)!r})).judge(t.INT8)"
+    for _ in range(2):  # the first could have been the user
+        done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=False)
+        assert done.returncode == 9
+    judge = session_in(tmp_path)
+    trial = judge.judge(INT8)
+    assert trial.state is TrialState.FAILED and "the process ended" in str(trial.error)
+    assert judge.judge(with_floats("inner1")).state is TrialState.COMPLETE
 
 
 def test_another_session_times_in_the_first_one_s_unit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -53,6 +54,32 @@ def test_outputs_that_are_not_finite_are_infinite_damage(bad: float) -> None:
 def test_outputs_of_changing_shape_are_compared_call_by_call() -> None:
     reference = [{"y": np.arange(2.0 * n).reshape(1, n, 2)} for n in (4, 6)]
     assert divergence(reference, reference) == 0
+
+
+def test_rows_of_another_length_are_no_class_scores() -> None:
+    rng = np.random.default_rng(0)
+    reference = [{"y": rng.normal(size=(1, n))} for n in (5, 9)]
+    near = [{"y": call["y"] + 0.01} for call in reference]
+    far = [{"y": call["y"] + 0.1} for call in reference]
+    assert 0 < divergence(reference, near) < divergence(reference, far) < np.inf
+
+
+def test_what_a_suppression_leaves_is_compared_in_any_order_and_number() -> None:
+    rng = np.random.default_rng(0)
+    found = [rng.normal(size=(n, 5)) * [100, 100, 100, 100, 1] for n in (12, 0, 7)]
+    reference = [{"boxes": rows} for rows in found]
+
+    def damage(change: Callable[[np.ndarray], np.ndarray]) -> float:
+        return divergence(reference, [{"boxes": change(rows)} for rows in found], open_outputs={"boxes"})
+
+    one_less = damage(lambda rows: rows[:-1])
+    assert damage(lambda rows: rows[::-1]) == pytest.approx(0, abs=1e-12)
+    assert 0 < damage(lambda rows: rows * 1.001) < one_less < damage(lambda rows: rows[: len(rows) // 4]) < np.inf
+    assert damage(lambda rows: rows * [1, 1, 1, 1, 0]) > 0.05, "scores count as much as coordinates"
+    assert damage(lambda rows: rows[:0]) < np.inf
+    assert damage(lambda rows: rows * np.nan if len(rows) == 7 else rows) == np.inf
+    shorter = [{"boxes": rows[:-1]} for rows in found]
+    assert divergence(reference, shorter) == pytest.approx(one_less), "a shape that was thought fixed may move too"
 
 
 def test_bisection_finds_the_few_sensitive_blocks_with_few_probes() -> None:

@@ -32,6 +32,7 @@ from vinoopt.records import (
     Trial,
     TrialState,
 )
+from vinoopt.selection import FLOAT as FLOAT_NAME
 from vinoopt.selection import PLAIN_INT8, Choice, TestPart, choose, float_blocks, trial_line
 from vinoopt.yardsticks import TargetYardstick
 from vinoopt.yardsticks.modelled import ModelledBench
@@ -103,6 +104,8 @@ class World:
     plans: Mapping[CompressionPlan, tuple[float, float, float]]
     judged: list[CompressionPlan] = field(default_factory=list)
     """On the test part."""
+    broken: str = ""
+    """A contestant that cannot be measured."""
 
     target = Target(profile="made-up", device=Device.CPU)
     spec = cast(DeviceSpec, SimpleNamespace(kind=Device.CPU))
@@ -114,6 +117,8 @@ class World:
         return decisions(self.plans[plan][2])
 
     def compare(self, candidates: Mapping[str, tuple[CompressionPlan, object, object]]) -> ModelledBench:
+        if self.broken in candidates:
+            raise RuntimeError("out of memory")
         times = {name: self.plans[plan][0] for name, (plan, *_) in candidates.items()}
         return ModelledBench(measurements=tuple(timed(name, ms) for name, ms in times.items()))
 
@@ -196,6 +201,15 @@ def test_of_those_that_differ_in_training_alone_the_safest_is_asked_about() -> N
     world = World(plans=plans)
     assert world.chosen().plan == longer, "its time is the others' but for noise"
     assert FAST not in world.judged and trained not in world.judged
+
+
+@pytest.mark.parametrize("broken", [FLOAT_NAME, PLAIN_INT8])
+def test_a_baseline_that_cannot_be_measured_does_not_take_the_result_with_it(broken: str) -> None:
+    plans = {FLOAT: (4.0, 0.0, 0.0), INT8: (1.0, 0.03, 0.03), FAST: (1.5, 0.004, 0.004)}
+    choice = World(plans=plans, broken=broken).chosen()
+    assert choice.plan == FAST
+    assert broken not in {each.reference for each in choice.comparisons}
+    assert any("was not measured beside the result: RuntimeError: out of memory" in r for r in choice.reasons)
 
 
 def test_plain_int8_takes_the_place_of_a_candidate_that_is_slower() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from vinoopt.compiler import yardstick_for
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge, Shared, first_line
 from vinoopt.compression.options import DISTILL, EFFORTS, without_training
+from vinoopt.compression.quantize import import_nncf
 from vinoopt.compression.scope import resolve_ignored
 from vinoopt.compression.search import SearchOptions, search
 from vinoopt.compression.widths import refit_calls
@@ -63,7 +66,7 @@ from vinoopt.records import (
 )
 from vinoopt.schedule import TUNING_S, Deadlines, Facts, announce, divide, final_seconds
 from vinoopt.selection import Choice, TestPart, choose, trial_line
-from vinoopt.store import Store
+from vinoopt.store import Store, digest
 from vinoopt.tuning import TuneConfig, TuneTask, Variant, first_departure
 from vinoopt.yardsticks import HostYardstick, TargetYardstick
 
@@ -344,8 +347,11 @@ def _search_all(
     test_reference = _reference(source, splits.test)
     pace = (between - before, time.monotonic() - between)
     is_open = handed.metric is None and request.budget.metric == "auto"
-    if is_open and never_decides(metric, search_reference):
-        words = f"the largest output is the same one on all samples, so {metric.name} says nothing: judged by cosine"
+    if is_open and never_decides(metric, itertools.chain(search_reference, test_reference)):
+        words = (
+            "the outputs do not look like class scores (the largest is at one or few places on all samples, or they "
+            f"are of length 1), so {metric.name} says nothing: judged by cosine"
+        )
         metric = find_metric("cosine", outputs=source.outputs, has_labels=False, options=request.metric_options)
         messages.append(words)
         say(Event(stage="data", message=words))
@@ -371,6 +377,8 @@ def _search_all(
     _announce(material, targets=len(yardsticks))
     choices: list[Choice] = []
     failures = _Failures(say=say, stage="search")
+    if request.quantize and not source.quantized:
+        import_nncf()  # which takes seconds, that are no search's
     for number, yardstick in enumerate(yardsticks):
         deadlines = _deadlines(material, clock.started, targets=len(yardsticks) - number)
         options = _search_options(material, yardstick.spec, ignored, deadlines)
@@ -634,8 +642,21 @@ def _content(data: Dataset) -> str:
         for name in sorted(sample):
             content.update(f"{name}{sample[name].dtype}{sample[name].shape}".encode())
             content.update(np.ascontiguousarray(sample[name]).tobytes())
-    content.update(repr(None if data.labels is None else [str(label) for label in data.labels]).encode())
+    content.update(digest(None if data.labels is None else [_told(label) for label in data.labels]).encode())
     return content.hexdigest()
+
+
+def _told(label: Any) -> str:
+    """All that is in a label; of an object what it says of itself, without its address."""
+    if is_dataclass(label) and not isinstance(label, type):
+        return " ".join(_told(getattr(label, each.name)) for each in fields(label))
+    if isinstance(label, Mapping):
+        return " ".join(f"{key} {_told(value)}" for key, value in label.items())
+    if isinstance(label, Sequence) and not isinstance(label, str | bytes):
+        return " ".join(map(_told, label))
+    if isinstance(label, np.ndarray):
+        return f"{label.dtype} {label.shape} {hashlib.sha256(np.ascontiguousarray(label).tobytes()).hexdigest()}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(label))
 
 
 def _preset_for(spec: DeviceSpec, source: SourceModel) -> Preset | None:

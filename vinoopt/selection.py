@@ -129,6 +129,8 @@ class _Selection:
     _drops: dict[str, Drop] = field(default_factory=dict)
     _refused: dict[str, bool] = field(default_factory=dict)
     """By plan, whether the target's own compiler said no."""
+    _left_out: set[str] = field(default_factory=set)
+    """Baselines that could not be measured."""
     _scores: Scores | None = None
 
     def __post_init__(self) -> None:
@@ -242,19 +244,30 @@ class _Selection:
             plans[PLAIN_INT8] = self.plain
         if plan not in plans.values():
             plans[CHOSEN] = plan
-        return plans
+        return {name: each for name, each in plans.items() if each == plan or name not in self._left_out}
 
     def name_of(self, plan: CompressionPlan) -> str:
         """The contestant that the plan is in the final measurement."""
         return next(name for name, each in self.contestants(plan).items() if each == plan)
 
     def measure(self, plan: CompressionPlan) -> SideBySide:
-        """The contestants side by side, long enough to tell them apart."""
+        """The contestants side by side, long enough to tell them apart; a baseline that fails is left out."""
+        while True:
+            try:
+                return self._measured(self.contestants(plan))
+            except CANDIDATE_ERRORS as exc:
+                baselines = [name for name, each in self.contestants(plan).items() if each != plan]
+                if not baselines:
+                    raise
+                self._left_out.add(baselines[-1])
+                self.reasons.append(f"{baselines[-1]} was not measured beside the result: {first_line(exc)}")
+
+    def _measured(self, contestants: Mapping[str, CompressionPlan]) -> SideBySide:
         kind = self.yardstick.spec.kind
         return self.yardstick.compare(
             {
                 name: (each, self.judge.workshop.build(each), runtime_properties(each, kind))
-                for name, each in self.contestants(plan).items()
+                for name, each in contestants.items()
             }
         )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 import numpy as np
@@ -25,6 +27,8 @@ Progress = Callable[[int, int], None]
 
 MEMORY_BYTES = 256 << 20
 """Predictions beyond it go to a temporary file."""
+_RESAMPLING_S, _LEAST_RESAMPLES = 5.0, 100
+"""What the resamples of one bootstrap may take where a metric is slow, and how many there are at the least."""
 
 
 # --------------------------------------------------------------------------- predictions
@@ -170,6 +174,10 @@ class Scores:
 
     statistics: Sequence[Any]
     accuracy: Accuracy
+    resampled: dict[str, Array] = field(default_factory=dict, repr=False)
+    """What resamples of these statistics gave, by their counts."""
+    pace: list[float] = field(default_factory=list, repr=False)
+    """Seconds of one value, once it was taken."""
 
     @property
     def value(self) -> float:
@@ -312,7 +320,10 @@ def _interval(
         found, method = intervals.bootstrap_means(sign * (before - after), base, seed=seed)
     else:
         drops = _drops_of_counts(metric, reference, candidate, relative)
-        found, method = intervals.bootstrap_counts(drops, samples=samples, seed=seed)
+        resamples = _resamples(metric, reference)
+        found, method = intervals.bootstrap_counts(drops, samples=samples, seed=seed, resamples=resamples)
+        if not np.isfinite(found).all():
+            return (value, value), "no resample has a value", None
         if found[0] == found[1]:
             return _no_change(metric, reference.value, value, relative=relative, samples=samples, limit=limit)
     return found, method, _root_rule(value, found[1], limit, samples)
@@ -378,7 +389,10 @@ def _drops_of_counts(
     sign = 1.0 if metric.higher_is_better else -1.0
 
     def drops(counts: Array) -> Array:
-        before = _values(metric, reference.statistics, counts)
+        key = hashlib.sha256(counts.tobytes()).hexdigest()
+        if key not in reference.resampled:  # the same for every candidate
+            reference.resampled[key] = _values(metric, reference.statistics, counts)
+        before = reference.resampled[key]
         after = _values(metric, candidate.statistics, counts)
         found: Array = sign * (before - after) / (np.abs(before) if relative else 1.0)
         return found
@@ -386,13 +400,33 @@ def _drops_of_counts(
     return drops
 
 
+def _resamples(metric: Metric, reference: Scores) -> int:
+    """How many a bootstrap may take: fewer for a metric of the user's that takes its time."""
+    if not reference.pace:
+        if getattr(metric, "values", None) is None:
+            began = time.perf_counter()
+            _value(metric, reference.statistics)
+            reference.pace.append(time.perf_counter() - began)
+        else:
+            reference.pace.append(0.0)
+    fitting = _RESAMPLING_S / max(reference.pace[0], 1e-9)
+    return int(min(max(fitting, _LEAST_RESAMPLES), intervals.RESAMPLES))
+
+
 def _values(metric: Metric, statistics: Sequence[Any], counts: Array) -> Array:
-    """The metric's value for every row of resampling counts."""
+    """The metric's value for every row of resampling counts; not a number where it has none."""
     quick = getattr(metric, "values", None)
     if quick is not None:
         return np.asarray(quick(statistics, counts), dtype=np.float64)
     rows = (np.repeat(np.arange(len(statistics)), row).tolist() for row in counts)
-    return np.asarray([metric.value([statistics[i] for i in picks]) for picks in rows], dtype=np.float64)
+    return np.asarray([_value(metric, [statistics[i] for i in picks]) for picks in rows], dtype=np.float64)
+
+
+def _value(metric: Metric, statistics: Sequence[Any]) -> float:
+    try:
+        return float(metric.value(statistics))
+    except Exception:  # noqa: BLE001 - a resample may hold one class only, say, and what a user's metric raises is open
+        return float("nan")
 
 
 def _root_rule(value: float, high: float, limit: float, samples: int) -> int | None:

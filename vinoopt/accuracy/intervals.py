@@ -137,17 +137,22 @@ def _rare_interval(drops: Array) -> Interval:
     return low, high
 
 
-def bootstrap_counts(drops: Callable[[Array], Array], *, samples: int, seed: int) -> tuple[Interval, str]:
-    """Percentile interval of what `drops` makes of resampling counts [R, samples]; and the method."""
+def bootstrap_counts(
+    drops: Callable[[Array], Array], *, samples: int, seed: int, resamples: int = RESAMPLES
+) -> tuple[Interval, str]:
+    """Percentile interval of what `drops` makes of resampling counts [R, samples]; and the method.
+
+    Resamples without a value, which are not finite, are left out; where all are, so are the limits.
+    """
     random = np.random.default_rng(seed)
     rows = max(1, _CHUNK_CELLS // max(samples, 1))
     drawn = []
-    for start in range(0, RESAMPLES, rows):
-        size = min(rows, RESAMPLES - start)
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
         picks = random.integers(0, samples, size=(size, samples)) + samples * np.arange(size)[:, None]
         counts = np.bincount(picks.reshape(-1), minlength=size * samples).reshape(size, samples)
         drawn.append(drops(counts))
     values = np.concatenate(drawn)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(values[np.isfinite(values)], [tail, 1 - tail])
-    return (float(low), float(high)), f"bootstrap ({RESAMPLES}, percentile)"
+    values, tail = values[np.isfinite(values)], (1 - LEVEL) / 2
+    low, high = np.quantile(values, [tail, 1 - tail]) if len(values) else (math.nan, math.nan)
+    return (float(low), float(high)), f"bootstrap ({resamples}, percentile)"

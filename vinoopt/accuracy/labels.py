@@ -29,29 +29,32 @@ class BoxLabels:
 
 
 Label = Any
-"""One sample's label: a whole number, `BoxLabels`, or what a metric of one's own understands."""
+"""One sample's label: a number, `BoxLabels`, or what a metric of one's own understands."""
 
 Labels = Array | Sequence[Label]
-"""Labels of all calls: int64 [calls] or [calls, batch], or one object per call."""
+"""Labels of all calls: numbers [calls] or [calls, batch], int64 where they are whole, or one object per call."""
 
 
 def group_labels(labels: Any, *, calls: int, batch: int, where: str) -> tuple[Labels, int]:
     """Labels per call, and how many samples of a call have one of their own: 1 or `batch`.
 
-    Numbers in one or two axes are class indices and become int64 [calls] or [calls, batch]; anything else stays
-    as it is, in a tuple. The labels of a last, partial batch are left out. Raises `DataError` for a wrong
-    count, or for class indices that are not whole numbers from 0.
+    One number per sample becomes an array [calls] or [calls, batch], int64 where all are whole: class indices.
+    Anything else, as rows of numbers or words, stays as it is, in a tuple, for a metric that understands it. The
+    labels of a last, partial batch are left out. Raises `DataError` for a wrong count.
     """
     if not isinstance(labels, np.ndarray):
         labels = list(labels)
-        if not labels or (np.ndim(labels[0]) == 0 and isinstance(labels[0], (int, float, np.generic, str))):
+        if not labels or isinstance(labels[0], (int, float, np.number, np.bool_)):
             labels = np.asarray(labels)
-    if isinstance(labels, np.ndarray) and labels.ndim <= 2:
-        labels = whole_numbers(labels, where).reshape(-1)
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "biuf":
+        if labels.ndim < 2 or (labels.ndim == 2 and _fits(labels.size, calls, batch)):
+            labels = _as_indices(labels.reshape(-1))
+    elif isinstance(labels, np.ndarray):
+        labels = labels.tolist()
     count = len(labels)
     if count == calls:
         return (labels if isinstance(labels, np.ndarray) and labels.ndim == 1 else tuple(labels)), 1
-    if not calls * batch <= count < (calls + 1) * batch:
+    if not _fits(count, calls, batch):
         text = f" in {calls} calls of {batch}" if batch > 1 else ""
         raise DataError(f"{where}: {count} labels for {calls * batch} samples{text}")
     if isinstance(labels, np.ndarray) and labels.ndim == 1:
@@ -59,17 +62,15 @@ def group_labels(labels: Any, *, calls: int, batch: int, where: str) -> tuple[La
     return tuple(tuple(labels[call * batch : (call + 1) * batch]) for call in range(calls)), batch
 
 
-def whole_numbers(labels: Array, where: str) -> Array:
-    """Labels as int64; raises `DataError` where one is not a whole number from 0."""
-    if labels.dtype.kind not in "biuf":
-        raise DataError(f"{where}: labels are {labels.dtype}, not whole numbers; give class indices from 0")
-    if labels.dtype.kind == "f" and not (np.isfinite(labels).all() and (labels == np.floor(labels)).all()):
-        raise DataError(f"{where}: some labels are not whole numbers; give class indices, not scores")
-    numbers = labels.astype(np.int64)
-    if numbers.size and numbers.min() < 0:
-        first = int(np.argmax(numbers.reshape(-1) < 0))
-        raise DataError(f"{where}: label {numbers.reshape(-1)[first]} of sample {first} is negative")
-    return numbers
+def _fits(count: int, calls: int, batch: int) -> bool:
+    """Whether so many labels are one per sample, those of a last, partial batch perhaps included."""
+    return calls * batch <= count < (calls + 1) * batch
+
+
+def _as_indices(labels: Array) -> Array:
+    """As int64 where all are whole numbers, else as they are."""
+    is_whole = labels.dtype.kind != "f" or (np.isfinite(labels).all() and (labels == np.floor(labels)).all())
+    return labels.astype(np.int64) if is_whole else labels
 
 
 # --------------------------------------------------------------------------- files

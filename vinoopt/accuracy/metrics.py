@@ -127,10 +127,17 @@ class TopK(_Mean):
 
     def check_labels(self, labels: Any) -> None:
         """Raises `DataError` for labels that the output has no place for."""
-        flat = np.asarray(labels)
-        if flat.dtype.kind not in "iu":
-            raise DataError(f"{self.name} needs one class index per sample; the labels are of another kind")
-        if self.classes is None or not flat.size:
+        kind = labels.dtype.kind if isinstance(labels, np.ndarray) else "O"
+        if kind == "f":
+            raise DataError(f"{self.name}: some labels are not whole numbers; give class indices, not scores")
+        if kind not in "iu":
+            raise DataError(f"{self.name} needs one class index per sample, and the labels are of another kind")
+        flat = labels.reshape(-1)
+        if not flat.size:
+            return
+        if self.classes is None:
+            if flat.min() + self.label_offset < 0:
+                raise DataError(f"{self.name}: label {flat.min()} is negative; give class indices from 0")
             return
         for label in (int(flat.min()), int(flat.max())):
             if not 0 <= label + self.label_offset < self.classes:
@@ -333,8 +340,14 @@ def metric_names() -> tuple[str, ...]:
     return tuple(sorted({"auto", *_FACTORIES, *(point.name for point in _plug_ins())}))
 
 
-_LEAST_DECISIONS = 20
-"""Calls from which on it is no chance that one class wins in all of them."""
+_LEAST_DECISIONS = 8
+"""Calls from which on one class that wins in all of them is taken for no class. A model that is sure of one class on
+so few is judged by cosine then, which is the stricter."""
+_MANY_CLASSES, _FEW_WINNERS, _TELLING = 16, 3, 20
+"""Where no more than so few of so many classes ever win, in at least so many calls, they are no classes either: the
+largest coordinate of a shape alternates between its outermost points."""
+_UNIT = 1e-3
+"""How near to 1 the length of all rows must be for an output that was normalised, as embeddings are."""
 
 
 def looks_like_classifier(spec: TensorSpec) -> bool:
@@ -369,23 +382,31 @@ def _automatic(outputs: Sequence[TensorSpec], has_labels: bool, options: Mapping
 
 
 def judged_outputs(metric: Metric) -> tuple[str, ...] | None:
-    """Names of the outputs that a metric of this package looks at; None where it looks at all, or is another's."""
-    if isinstance(metric, TopK | Agreement):
-        return (metric.output,)
-    return metric.outputs if isinstance(metric, Cosine | MeanSquaredError | _Pooled) else None
+    """Names of the outputs that a metric looks at, where it has one `output` or is of this package; else None."""
+    one, several = getattr(metric, "output", None), getattr(metric, "outputs", None)
+    if isinstance(one, str):
+        return (one,)
+    is_ours = isinstance(metric, Cosine | MeanSquaredError | _Pooled)
+    return tuple(several) if is_ours and several is not None else None
 
 
 def never_decides(metric: Metric, reference: Iterable[Outputs]) -> bool:
-    """Whether `agreement` would compare nothing: the float model's largest value is at one place on all samples.
+    """Whether `agreement` would compare what are no class scores, by the float model's outputs, one mapping per call.
 
-    So it is where the outputs are coordinates, say, and no class scores. `reference`: the float model's outputs, one
-    mapping per call.
+    So it is where the largest value is at one place on all samples, or at few of many, as of coordinates; and where
+    all rows have the length 1 and negative values, as embeddings have.
     """
     if not isinstance(metric, Agreement):
         return False
-    scores = (call[metric.output] for call in reference)
-    places = [np.argmax(each.reshape(len(each), -1), axis=1) for each in scores]
-    return len(places) >= _LEAST_DECISIONS and len(np.unique(np.concatenate(places))) == 1
+    rows = [np.asarray(call[metric.output], np.float64).reshape(len(call[metric.output]), -1) for call in reference]
+    if len({row.shape[1] for row in rows}) > 1:
+        return True
+    scores = np.concatenate(rows)
+    if scores.shape[1] > 2 and (scores < 0).any() and np.allclose(np.linalg.norm(scores, axis=1), 1.0, atol=_UNIT):
+        return True
+    winners = len(np.unique(scores.argmax(axis=1)))
+    is_few = scores.shape[1] >= _MANY_CLASSES and winners <= _FEW_WINNERS and len(rows) >= _TELLING
+    return is_few or (winners == 1 and len(rows) >= _LEAST_DECISIONS)
 
 
 def _listed(outputs: Sequence[TensorSpec]) -> str:

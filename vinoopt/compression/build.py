@@ -55,6 +55,10 @@ class Workshop:
         """Whether an earlier run left quantized models."""
         return any(self.store.folder.glob(f"int8-{self.device.value.lower()}-*.xml"))
 
+    def is_pruned(self, widths: tuple[GroupWidth, ...]) -> bool:
+        """Whether the float model at these widths can be had: it is in the store, or there is a pruner."""
+        return self.prune is not None or (self.store.folder / f"{_pruned_name(widths)}.xml").is_file()
+
     def build(self, plan: CompressionPlan) -> ov.Model:
         """The model of `plan`, independent of every other one.
 
@@ -84,11 +88,14 @@ class Workshop:
         """The float model at these widths; not to be changed by the caller."""
         if not widths:
             return self.source
-        if self.prune is None:
-            raise ValueError("this workshop was made without a pruner")
-        key = serde.sha256_record(CompressionPlan(widths=widths))
-        prune = self.prune
-        return _kept(self._pruned, key, lambda: self._stored(f"pruned-{key[:24]}", lambda: prune(widths)))
+
+        def make() -> ov.Model:
+            if self.prune is None:
+                raise ValueError("this workshop was made without a pruner")
+            return self.prune(widths)
+
+        name = _pruned_name(widths)
+        return _kept(self._pruned, name, lambda: self._stored(name, make))
 
     def pair(self, widths: tuple[GroupWidth, ...], recipe: QuantizationPlan) -> QuantizedPair:
         """The pruned float model and its quantized twin; of `recipe.float_layers` only the ignored scope applies."""
@@ -118,6 +125,10 @@ class Workshop:
             ov.save_model(model, part, compress_to_fp16=False)
             part.with_suffix(".bin").replace(path.with_suffix(".bin"))  # the .xml, which counts, comes last
         return model
+
+
+def _pruned_name(widths: tuple[GroupWidth, ...]) -> str:
+    return f"pruned-{serde.sha256_record(CompressionPlan(widths=widths))[:24]}"
 
 
 def _kept(kept: OrderedDict[str, T], key: str, make: Callable[[], T]) -> T:

@@ -6,16 +6,20 @@ import inspect
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, cast
 
+import numpy as np
 import openvino as ov
 
 from vinoopt import serde
 from vinoopt.accuracy.datasets import Dataset
-from vinoopt.accuracy.evaluate import Predictions, Scores, paired_drop, score
-from vinoopt.accuracy.metrics import Metric, judged_outputs
+from vinoopt.accuracy.evaluate import Predictions, Scores, output_names, paired_drop, score
+from vinoopt.accuracy.metrics import Agreement, Metric, TopK, judged_outputs
+from vinoopt.compression.activations import in_order, sized_like
 from vinoopt.compression.build import Workshop
 from vinoopt.compression.gate import expected_drop
 from vinoopt.compression.sensitivity import divergence
@@ -42,6 +46,10 @@ PROBE_SAMPLES = (8, 16, 32, 64, 128)
 """Held-back samples that a damage probe may run: enough for a KL or a relative error to rank."""
 PROBE_MS = 400.0
 """What the float model may take for them."""
+PROBE_BYTES = 64 << 20
+"""Of the float model's outputs on them, of which a damage takes several times as much."""
+_FATAL = 2
+"""Times that a step must have ended the process before it is left out."""
 _AS_FAST = 1.02
 """Times taken at different moments of a search are not told apart below this ratio."""
 OF_VALUES = frozenset({"cosine", "pooled_cosine", "sqnr", "mse"})
@@ -152,9 +160,12 @@ class Judge:
     _steady: Trial | None = None
     """The baseline beside which measured candidates are timed."""
     _unit: float = 1.0
+    _crashed: frozenset[str] = frozenset()
+    _open_outputs: frozenset[str] | None = None
 
     def resume(self) -> int:
         """Take over the finished trials of the journal that are for this target; gives their number."""
+        self._crashed = self._crashes()
         for line in self.store.lines(self._journal):
             trial = serde.from_json(Trial, line, where=self._journal)
             if trial.state is not TrialState.FAILED:  # what failed may have failed for want of memory or disk
@@ -165,6 +176,7 @@ class Judge:
     def forget(self) -> None:
         """Start a new journal."""
         self.store.clear(self._journal)
+        self.store.clear(self._risks)
 
     @property
     def reference_scores(self) -> Scores:
@@ -180,7 +192,7 @@ class Judge:
         timing has been cheaper than judging it is timed first, and is `SLOWER` if so. What goes wrong with the
         candidate makes the trial `FAILED`, with the error kept.
         """
-        known = self._known.get(_key(plan))
+        known = self._known.get(_key(plan)) or self._fatal(plan)
         if known is not None and not self._is_open(known, beat_ms):
             return self._take(serde.replace(known, number=len(self.trials), note=note), is_new=False)
         if beat_ms is not None and self.spent.timing_s < self.spent.accuracy_s:
@@ -197,6 +209,16 @@ class Judge:
     def finished(self) -> tuple[Trial, ...]:
         """What the journal holds, of this session and of one that it takes up; failures are not held."""
         return tuple(self._known.values())
+
+    def take_over(self, is_wanted: Callable[[CompressionPlan], bool]) -> None:
+        """Makes trials of this run of what an earlier one found inside the budget, and this one did not come by.
+
+        It may have gone another way, or have been ended sooner. Nothing is built for that.
+        """
+        for trial in self.finished():
+            is_open = trial.state is TrialState.COMPLETE and not self.knows(trial.plan)
+            if is_open and is_wanted(trial.plan):
+                self.judge(trial.plan, note=trial.note)
 
     def latencies_ms(
         self,
@@ -221,17 +243,18 @@ class Judge:
     def judge_anchors(self, plans: Mapping[str, Sequence[CompressionPlan]]) -> None:
         """Trials of the plans that all others are compared with, by note: timed together, over budget or not."""
         everything = [(note, plan) for note, each in plans.items() for plan in each]
-        if all(_key(plan) in self._known for _, plan in everything):
-            for note, plan in everything:
+        for note, plan in everything:
+            if _key(plan) in self._known:
                 self.judge(plan, note=note)
-            self._settle()
-            return
         ran: list[tuple[Trial, ov.Model | None]] = []
         for note, plan in everything:
-            trial, model = self._run(plan, note)
+            if _key(plan) in self._known:
+                continue
+            fatal = self._fatal(plan)
+            trial, model = (serde.replace(fatal, note=note), None) if fatal else self._run(plan, note)
             ran.append((serde.replace(trial, number=len(self.trials) + len(ran)), model))
         runnable = [(trial, model) for trial, model in ran if model is not None]
-        timed = {trial.number: trial for trial in self._timed(runnable)}
+        timed = {trial.number: trial for trial in (self._timed(runnable) if runnable else ())}
         for trial, _ in ran:
             self._take(timed.get(trial.number, trial), is_new=True)
         self._settle()
@@ -254,7 +277,8 @@ class Judge:
         trial = self._new_trial(plan, note)
         started = time.monotonic()
         try:
-            model = self.workshop.build(plan)
+            with self._at_risk(_key(plan)):
+                model = self.workshop.build(plan)
         except CANDIDATE_ERRORS as exc:
             return serde.replace(trial, error=first_line(exc), seconds=time.monotonic() - started)
         timed = self._timed([(serde.replace(trial, state=TrialState.SLOWER), model)])[0]
@@ -308,6 +332,32 @@ class Judge:
         timed = [(latency.latency_p50_ms, t) for latency, t in pairs if latency.evidence in _TIMED]
         self._steady = min(timed, key=lambda pair: pair[0], default=(0.0, None))[1]
 
+    # ------------------------------------------------------------------ what ends the process
+
+    @contextmanager
+    def _at_risk(self, key: str) -> Iterator[None]:
+        """Marks what native code is about to be done: where no end follows, it took the process with it."""
+        self.store.append(self._risks, f"begun {key}")
+        try:
+            yield
+        finally:
+            self.store.append(self._risks, f"ended {key}")
+
+    def _crashes(self) -> frozenset[str]:
+        """What ended the process more than once; once may have been the user, or another program's memory."""
+        open_: Counter[str] = Counter()
+        for line in self.store.lines(self._risks):
+            word, _, key = line.partition(" ")
+            open_[key] += 1 if word == "begun" else -1
+        return frozenset(key for key, count in open_.items() if count >= _FATAL)
+
+    def _fatal(self, plan: CompressionPlan) -> Trial | None:
+        """The trial of a plan that ended the process each time it was tried; None for any other."""
+        if _key(plan) not in self._crashed:
+            return None
+        error = f"the process ended while this was built or run, {_FATAL} times: memory, or a crash of native code"
+        return serde.replace(self._new_trial(plan, ""), error=error)
+
     def _new_trial(self, plan: CompressionPlan, note: str) -> Trial:
         return Trial(
             number=len(self.trials),
@@ -322,11 +372,11 @@ class Judge:
         started = time.monotonic()
         trial = self._new_trial(plan, note)
         try:
-            model = self.workshop.build(plan)
-            built = time.monotonic()
-            scores = score(
-                self.metric, self.yardstick.predict(plan, model, self.data), self.data, self.reference
-            )
+            with self._at_risk(_key(plan)):
+                model = self.workshop.build(plan)
+                built = time.monotonic()
+                outputs = self.yardstick.predict(plan, model, self.data)
+            scores = score(self.metric, outputs, self.data, self.reference)
             drop = paired_drop(
                 self.metric, self.reference_scores, scores, budget=self.budget, seed=self.seed
             )
@@ -345,6 +395,22 @@ class Judge:
         )
         return judged, model
 
+    @property
+    def _are_scores(self) -> bool:
+        """Whether outputs of a classifier's shape are class scores, by what is known of metric and labels."""
+        labels = self.data.labels
+        is_numbered = isinstance(labels, np.ndarray) and labels.dtype.kind in "iu"
+        return isinstance(self.metric, TopK | Agreement) or (is_numbered and self.metric.name not in OF_VALUES)
+
+    def _found_open(self) -> frozenset[str]:
+        """Outputs whose size hangs on what the model finds in an input, not on the input's size."""
+        if self._open_outputs is None:
+            source = self.workshop.source
+            outputs = sized_like(source, in_order(source, self.data[0])).outputs
+            pairs = zip(output_names(source), outputs, strict=True)
+            self._open_outputs = frozenset(name for name, each in pairs if each.get_partial_shape().is_dynamic)
+        return self._open_outputs
+
     def damage(
         self, plan: CompressionPlan, make: Callable[[], ov.Model], *, is_shared: bool = False, kind: str = ""
     ) -> float:
@@ -354,22 +420,24 @@ class Judge:
         says that it is the same for every target; `kind` tells apart models made in different ways from one plan.
         """
         where = "" if is_shared else f"{self.workshop.device} {self.yardstick.arithmetic}"
-        are_scores = self.metric.name not in OF_VALUES
+        are_scores = self._are_scores
         names = judged_outputs(self.metric) or tuple(self.reference[0])
 
         def probe() -> float:
             started = time.monotonic()
             calls = (self.reference[i] for i in range(len(sample)))
             reference = [{name: call[name] for name in names} for call in calls]
-            outputs = list(self.yardstick.predict(plan, make(), sample))
-            found = divergence(reference, outputs, are_scores=are_scores)
+            with self._at_risk(digest(key)):
+                outputs = list(self.yardstick.predict(plan, make(), sample))
+            found = divergence(reference, outputs, are_scores=are_scores, open_outputs=unordered)
             self.spent.probe_s = time.monotonic() - started
             return found
 
-        sample = self.probe_data
         try:
-            of = digest("scores" if are_scores else "values", *names)[:12]
-            return self._tables().once(f"damage {of} {kind} {where} {len(sample)} {_key(plan)}", probe)
+            sample, unordered = self.probe_data, self._found_open() & set(names)
+            of = digest("scores" if are_scores else "values", *names, *sorted(unordered))[:12]
+            key = f"damage {of} {kind} {where} {len(sample)} {_key(plan)}"
+            return math.inf if digest(key) in self._crashed else self._tables().once(key, probe)
         except CANDIDATE_ERRORS:
             return math.inf  # a choice that cannot be built or run is never taken; the next run tries it again
 
@@ -400,7 +468,9 @@ class Judge:
 
             def fitting() -> int:
                 sample_ms = 1e3 * self.sample_s
-                return max((n for n in PROBE_SAMPLES if n * sample_ms <= PROBE_MS), default=PROBE_SAMPLES[0])
+                quick = max((n for n in PROBE_SAMPLES if n * sample_ms <= PROBE_MS), default=PROBE_SAMPLES[0])
+                call_bytes = sum(values.nbytes for values in self.reference[0].values())
+                return max(min(quick, PROBE_BYTES // max(call_bytes, 1)), 2)
 
             count = int(self.store.json("probe-samples", fitting))
             self._probe_data = self.data.subset(range(min(count, len(self.data))))
@@ -410,6 +480,10 @@ class Judge:
     def _journal(self) -> str:
         judged_by = digest(self.metric.name, _identity(self.metric), serde.to_json(self.budget))[:12]
         return f"{self._place}-{judged_by}-{JOURNAL}"
+
+    @property
+    def _risks(self) -> str:
+        return f"{self._place}-risks.jsonl"
 
     @property
     def _place(self) -> str:

@@ -27,6 +27,9 @@ _FASTER = 0.99
 _RUN = 4
 """Blocks in a row that share their label in one of the mixes that are timed to learn what conversions cost."""
 _ACCURATE = "accurate bias correction"
+_ACCURATE_TAKES = 4
+"""Times what fast correction takes: it runs the network anew for every layer (twice for a ResNet-32, more for deep
+ones)."""
 _RECIPES_SHARES = {False: 0.25, True: 0.1}
 """Whether plain INT8 is inside the budget -> share of the time that is left for other recipes."""
 _MOST_ACTIVATIONS = 2 << 30
@@ -110,22 +113,27 @@ class PrecisionSearch:
         damages: dict[str, tuple[float, QuantizationPlan]] = {}
         took_s = max((t.seconds for t in self.judge.trials if t.plan.quantization is not None), default=0.0)
 
-        def is_late() -> bool:
-            return deadline is not None and time.monotonic() + took_s > deadline
+        def is_late(recipe: QuantizationPlan) -> bool:
+            expected_s = took_s * (1 if recipe.fast_bias_correction else _ACCURATE_TAKES)
+            return deadline is not None and time.monotonic() + expected_s > deadline
 
         for number, (name, recipe) in enumerate(recipes.items()):
-            if damages and is_late():
-                break
+            if damages and is_late(recipe):
+                continue
             self._expect((len(recipes) - number) * took_s, trials=0)
             damages[name] = (self._damage_of_recipe(name, recipe), recipe)
         better = [name for name in damages if damages[name][0] < damages["plain"][0]]
-        if len(better) > 1 and not is_late():
-            better.sort(key=lambda name: -damages[name][0])
-            name, together = " and ".join(better), _together(base, [damages[each][1] for each in better])
+        better.sort(key=lambda name: -damages[name][0])
+        together = _together(base, [damages[each][1] for each in better])
+        if len(better) > 1 and not is_late(together):
+            name = " and ".join(better)
             damages[name] = (self._damage_of_recipe(name, together), together)
         plain = damages["plain"][0]
         damages = {name: entry for name, entry in damages.items() if math.isfinite(entry[0])}
         if not damages:
+            if any(t.plan.quantization is not None and t.drop is not None for t in self.judge.trials):
+                self.reasons.append("INT8's damage to the outputs has no figure, so the recipe is NNCF's own")
+                return base
             self.reasons.append("no recipe of the quantizer gives a model that runs")
             return None
         best = min(damages, key=lambda name: damages[name][0])
@@ -138,11 +146,11 @@ class PrecisionSearch:
 
     def _leave_out_what_does_not_fit(self, recipes: dict[str, QuantizationPlan]) -> None:
         """Takes accurate bias correction out where memory has no room for what it keeps, and says so."""
-        source, sample = self.judge.workshop.source, self.judge.workshop.calibration[0]
-        needed = kept_bytes(sized_like(source, in_order(source, sample)), self.options.base)
+        source, calls = self.judge.workshop.source, self.judge.workshop.calibration
+        needed = kept_bytes(sized_like(source, in_order(source, calls[0])), self.options.base, len(calls))
         if _ACCURATE in recipes and needed > min(self.options.memory_bytes / 2, _MOST_ACTIVATIONS):
             del recipes[_ACCURATE]
-            size = f"{needed / 2**20:.0f} MiB" if math.isfinite(needed) else "an unknown number"
+            size = f"{needed / 2**20:.3g} MiB" if math.isfinite(needed) else "an unknown number"
             self.reasons.append(f"{_ACCURATE} was not tried: it would keep {size} of activations")
 
     def _in_fastest_format(self, recipe: QuantizationPlan) -> None:
@@ -233,13 +241,17 @@ class PrecisionSearch:
     def _damage_table(self, whole: CompressionPlan, blocks: Sequence[str], *, trials: int) -> None:
         """The damage of each block; `trials` are expected to follow."""
         self.say(f"damage of each of {len(blocks)} blocks")
+        deadline = self.options.table_deadline
+
+        def probe(names: Sequence[str]) -> float:
+            if deadline is not None and time.monotonic() > deadline:
+                return math.inf  # what the time does not reach is unknown, which keeps it in float
+            return self._damage_of(whole, set(blocks) - set(names))
+
         table = block_damages(
             blocks,
-            # What the time does not reach is unknown: infinite damage keeps it in float.
-            lambda names: math.inf
-            if self.options.is_late
-            else self._damage_of(whole, set(blocks) - set(names)),
-            deadline=self.options.table_deadline,
+            probe,
+            deadline=deadline,
             progress=lambda done, total: self._expect((total - done) * self.judge.spent.probe_s, trials=trials),
         )
         self.damages = dict(table.damages)

@@ -28,6 +28,8 @@ _RANGES = {
 
 _COPIES_OF_WEIGHTS = 1.2
 """That `nncf.quantize` takes at the least: 1.24 to 1.9 on chains of products and convolutions of 100 to 400 MiB."""
+_CORRECTED_SHARE = 0.2
+"""Of the samples, that accurate bias correction looks at."""
 
 
 def quantize(model: ov.Model, plan: QuantizationPlan, calibration: Dataset, *, device: Device) -> ov.Model:
@@ -60,16 +62,19 @@ def calibration_bytes(model: ov.Model) -> int:
     return int(_COPIES_OF_WEIGHTS * weights)
 
 
-def kept_bytes(model: ov.Model, plan: QuantizationPlan) -> float:
-    """Bytes that accurate bias correction keeps at a time; infinite where sizes are open.
+def kept_bytes(model: ov.Model, plan: QuantizationPlan, calls: int) -> float:
+    """Bytes that accurate bias correction keeps at a time with so many calls to calibrate on; infinite where sizes
+    are open.
 
-    NNCF 3.4 collects raw activations of all `plan.subset_size` samples, a layer at a time
-    (`quantization/algorithms/bias_correction/algorithm.py`, `get_raw_stat_collector`); counted as the largest tensor.
+    NNCF 3.4 collects raw activations, a layer and what stands before it at a time
+    (`quantization/algorithms/bias_correction/algorithm.py`, `get_raw_stat_collector`), of a fifth of the samples
+    (`post_training/pipeline.py`, `bias_correction_subset_size`); counted as two of the largest tensor.
     """
     ports = [port for node in model.get_ops() if node.get_type_name() != "Constant" for port in node.outputs()]
     if any(port.get_partial_shape().is_dynamic for port in ports):
         return math.inf
-    return 4.0 * plan.subset_size * max((math.prod(port.get_shape()) for port in ports), default=0)
+    samples = max(int(_CORRECTED_SHARE * plan.subset_size), 1)
+    return 2 * 4.0 * min(samples, calls) * max((math.prod(port.get_shape()) for port in ports), default=0)
 
 
 def compress_weights(model: ov.Model, plan: WeightCompressionPlan) -> ov.Model:

@@ -93,6 +93,7 @@ def search(judge: Judge, options: SearchOptions, *, say: Callable[[str], None]) 
         if not judge.trials:
             raise
         run.reasons.append(f"the search broke off while it was at: {run.doing}: {first_line(exc)}")
+    judge.take_over(run.is_at_hand)
     return SearchResult(
         trials=tuple(judge.trials),
         damages=run.damages,
@@ -127,6 +128,16 @@ class _Run:
                 f"calibration of this model takes {needed / 2**20:.0f} MiB or more, and {free / 2**20:.0f} are free: "
                 "its weights are compressed without data, and nothing is pruned"
             )
+
+    def is_at_hand(self, plan: CompressionPlan) -> bool:
+        """Whether these options allow a plan of an earlier session, and its model can be had without a search."""
+        if plan.distillation is not None or not (self.options.quantize or self._is_float(plan)):
+            return False
+        return not plan.widths or (self.options.prune and self.judge.workshop.is_pruned(plan.widths))
+
+    @staticmethod
+    def _is_float(plan: CompressionPlan) -> bool:
+        return plan.quantization is None and plan.weights is None
 
     def baselines(self) -> None:
         """What all else is compared with."""

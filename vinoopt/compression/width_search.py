@@ -127,7 +127,8 @@ class WidthSearch:
             self.kit = with_best_orders(self.kit, self.offers, self._probe, is_late=late)
         damages = width_damages(self.kit, self.offers, self._probe, is_late=late)
         if not damages:
-            return ["the time limit left none for pruning"]
+            why = "the time limit left none for it" if late() else "no narrower model could be compared with this one"
+            return [f"nothing was pruned: {why}"]
         self.clock, self.damages = clock, damages
         self.lasting = self._lasting_shares()
         self.free = self._free_blocks(tables)

@@ -116,7 +116,8 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int, are_scores: bool
     if is_batched and teacher.is_dynamic():
         is_batched = len({tuple(x.shape for x in call) for part in (inputs, held_calls) for call in part}) == 1
     where = _placed(mirror, inputs[0])
-    known = learn.labels if isinstance(learn.labels, np.ndarray) else None
+    is_numbered = isinstance(learn.labels, np.ndarray) and learn.labels.dtype.kind in "iu"
+    known = learn.labels if is_numbered else None
     labels = None if known is None else [torch.as_tensor(each, dtype=torch.int64).reshape(-1) for each in known]
     return School(
         teacher=teacher,
