@@ -482,6 +482,53 @@ def two_outputs(data: Dataset, *, noise: float) -> Predictions:
     return found
 
 
+def detector() -> ov.Model:
+    """Boxes on a grid and their scores, of which a suppression inside the graph keeps some."""
+    net = small()
+    features = next(n for n in net.get_ordered_ops() if n.get_friendly_name() == "inner2")
+    rng = np.random.default_rng(2)
+
+    def head(outputs: int) -> ov.Node:
+        weights = ops.constant(rng.normal(size=(outputs, 16, 1, 1), scale=0.5).astype(np.float32))
+        return ops.convolution(features, weights, [1, 1], [0, 0], [0, 0], [1, 1])
+
+    rows, columns = np.meshgrid(np.arange(8.0), np.arange(8.0), indexing="ij")
+    corners = np.stack([rows, columns, rows + 1, columns + 1]).astype(np.float32)[None]
+    boxes = ops.add(ops.multiply(ops.tanh(head(4)), np.float32(0.2)), ops.constant(corners))
+    boxes = ops.transpose(ops.reshape(boxes, [1, 4, 64], False), [0, 2, 1])
+    scores = ops.reshape(ops.sigmoid(head(1)), [1, 1, 64], False)
+    most, overlap, least = ops.constant(64), ops.constant(np.float32(0.5)), ops.constant(np.float32(0.5))
+    kept = ops.non_max_suppression(boxes, scores, most, overlap, least, output_type="i64")
+    places = ops.gather(kept.output(0), ops.constant(2), ops.constant(1))
+    found = ops.gather(ops.squeeze(boxes, [0]), places, ops.constant(0))
+    found.output(0).set_names({"boxes"})
+    return ov.Model([found], net.get_parameters(), "detector")
+
+
+class Count(Closeness):
+    """How near the number of boxes is to the float model's."""
+
+    name = "count"
+
+    def statistic(self, outputs: Mapping[str, Any], label: object, reference: Mapping[str, Any]) -> float:
+        own, other = len(outputs["boxes"]), len(reference["boxes"])
+        return 1 - abs(own - other) / max(own, other, 1)
+
+
+def test_boxes_behind_a_suppression_have_damages_by_which_blocks_are_told_apart(tmp_path: Path) -> None:
+    model = detector()
+    reference = predict(model, DATA, properties=F32)
+    assert len({call["boxes"].shape for call in reference}) > 1
+    judge = judge_of(model, reference, tmp_path, Ruler(), max_drop=0.0)
+    judge.metric = Count()
+    found = search(judge, options(), say=lambda text: None)
+    int8 = judge.damage(INT8, lambda: judge.workshop.build(INT8))
+    assert 0 < int8 < np.inf
+    assert len(found.damages) >= 4 and all(np.isfinite(each) for each in found.damages.values())
+    assert len(set(found.damages.values())) > 1
+    assert any(t.plan.quantization is not None and t.plan.quantization.float_layers for t in found.trials)
+
+
 def test_only_outputs_that_are_judged_count_as_damage(model: ov.Model, tmp_path: Path) -> None:
     outputs = [TensorSpec(name=name, shape=(1, 16), dtype="float32") for name in ("y", "aside")]
     judge = judge_of(model, two_outputs(DATA, noise=0.0), tmp_path, ruler := TwoOutputs())
