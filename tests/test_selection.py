@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
+import openvino as ov
 import pytest
 
 from vinoopt import serde
@@ -90,6 +91,7 @@ def test_a_trial_tells_what_was_seen_and_what_is_expected() -> None:
 SAMPLES = 1000
 SCORES = TensorSpec(name="y", shape=(1, 2), dtype="float32")
 PICTURE = TensorSpec(name="x", shape=(1, 1), dtype="float32")
+NOTHING = ov.Model([], [])
 FLOAT, INT8 = CompressionPlan(), CompressionPlan(quantization=QuantizationPlan())
 
 
@@ -131,7 +133,7 @@ class World:
         dataset = from_arrays(np.zeros((SAMPLES, 1), np.float32), inputs=(PICTURE,), labels=labels)
         trials = [self._trial(number, plan) for number, plan in enumerate(self.plans)]
         judge = SimpleNamespace(
-            workshop=SimpleNamespace(build=lambda plan: plan, ignored=()),
+            workshop=SimpleNamespace(build=lambda plan: plan, ignored=(), source=NOTHING),
             metric=find_metric("top1", outputs=(SCORES,), has_labels=True),
             budget=AccuracyBudget(metric="top1", max_drop=0.01),
             data=dataset,

@@ -32,7 +32,8 @@ class Metric(Protocol):
 
     A metric that is no mean may offer `values(statistics, counts) -> [R]`, its value where sample i counts
     `counts[r, i]` times: the bootstrap is quick then. Any metric may offer `check_labels(labels)`, which raises
-    `DataError` before inference starts.
+    `DataError` before inference starts, and `output`, the name of the one output that it looks at: what a candidate
+    does to others is no damage then.
     """
 
     @property
