@@ -191,6 +191,20 @@ def test_one_of_the_same_kind_is_not_asked_about_until_chance_lets_it_pass() -> 
     assert TWIN not in world.judged
 
 
+def test_one_that_the_search_part_flattered_does_not_rule_out_all_others() -> None:
+    plans = {FLOAT: (4.0, 0.0, 0.0), FAST: (1.5, -0.001, 0.02), TWIN: (1.6, 0.008, 0.0), SAFE: (2.0, 0.003, 0.006)}
+    world = World(plans=plans)
+    assert world.chosen().plan == SAFE, "safer than 0.95% over both parts together, halved"
+    assert TWIN not in world.judged
+
+
+def test_another_format_of_the_float_model_is_asked_about_whatever_was_refused() -> None:
+    half = CompressionPlan(float_precision=Precision.BF16)
+    plans = {FLOAT: (4.0, 0.0, 0.0), FAST: (1.5, -0.001, 0.02), TWIN: (1.8, 0.005, 0.0), half: (2.0, 0.003, 0.004)}
+    choice = World(plans=plans).chosen()
+    assert choice.plan == half and choice.budget_met
+
+
 def test_of_those_that_differ_in_training_alone_the_safest_is_asked_about() -> None:
     trained = serde.replace(FAST, distillation=DistillationPlan(runs=(50,)))
     longer = serde.replace(FAST, distillation=DistillationPlan(runs=(50, 100)))

@@ -184,14 +184,15 @@ class _Selection:
         """The fastest candidate that is not outside the budget on the test part; at last the float model.
 
         Behind one that was refused only safer ones are asked about, by their drop on the search part: the next of its
-        kind might pass by chance.
+        kind might pass by chance. The float model's formats are not of its kind, and are always asked about.
         """
-        refused: list[Trial] = []
+        refused: list[float] = []
+        """By what drop on the search part another one counts as safer."""
         found = self.float_plan
         for trial in self.ranked():
             if trial.plan == self.float_plan or (self.is_late and len(refused) >= _SHORTLIST):
                 break
-            if refused and _likely(trial) >= min(map(_likely, refused)):
+            if refused and _is_compressed(trial) and _likely(trial) >= min(refused):
                 continue
             self.say(f"{trial.plan.title} on the test part")
             try:
@@ -204,7 +205,8 @@ class _Selection:
                     continue
                 found = trial.plan
                 break
-            refused.append(trial)
+            # One that the search part flattered, as a small one may, was less safe than it seemed.
+            refused.append(max(_likely(trial), self._together(trial, drop) / 2))
             self.reasons.append(
                 f"{trial.plan.title} was let through on the search part ({trial.drop_words}) but not on the test "
                 f"part (drop {drop.value:+.4f}): stepped back along the frontier"
@@ -308,9 +310,13 @@ class _Selection:
         trial = next((t for t in self.found.trials if t.plan == plan and t.drop is not None), None)
         if trial is None or trial.drop is None or trial.state is not TrialState.OVER_BUDGET:
             return drop.verdict is not Verdict.OUTSIDE
+        return drop.verdict is not Verdict.OUTSIDE and self._together(trial, drop) <= self.judge.budget.max_drop
+
+    def _together(self, trial: Trial, drop: Drop) -> float:
+        """The drop over the search part and the test part together."""
         searched = self.judge.data.samples
-        together = (searched * trial.drop + drop.samples * drop.value) / (searched + drop.samples)
-        return drop.verdict is not Verdict.OUTSIDE and together <= self.judge.budget.max_drop
+        seen = drop.value if trial.drop is None else trial.drop
+        return (searched * seen + drop.samples * drop.value) / (searched + drop.samples)
 
     def is_float_by_right(self) -> bool:
         """Whether the float model won for another reason than that all compressed ones were over budget.
@@ -342,7 +348,11 @@ class _Selection:
         ]
 
     def _compressed(self) -> list[Trial]:
-        return [t for t in self.found.trials if t.plan.quantization or t.plan.weights or t.plan.widths]
+        return [t for t in self.found.trials if _is_compressed(t)]
+
+
+def _is_compressed(trial: Trial) -> bool:
+    return bool(trial.plan.quantization or trial.plan.weights or trial.plan.widths)
 
 
 def _likely(trial: Trial) -> float:
