@@ -22,6 +22,7 @@ from vinoopt.accuracy.datasets import Dataset  # noqa: E402
 from vinoopt.accuracy.evaluate import Predictions, predict  # noqa: E402
 from vinoopt.compression.build import Workshop  # noqa: E402
 from vinoopt.compression.judge import Judge  # noqa: E402
+from vinoopt.compression.quantize import import_nncf  # noqa: E402
 from vinoopt.compression.search import SearchResult  # noqa: E402
 from vinoopt.demo import demo_files  # noqa: E402
 from vinoopt.distillation import stage  # noqa: E402
@@ -135,6 +136,7 @@ def found_by(judge: Judge, widths: Mapping[float, int]) -> SearchResult:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_nncf()  # whose seconds are not the stage's
     monkeypatch.setattr(stage, "STAGE_S", 12.0)
     monkeypatch.setattr(stage, "BUILDING_SHARE", 0.9)
     monkeypatch.setattr(stage, "_STEP_QUANTUM", 10)
@@ -160,7 +162,8 @@ def test_faster_candidates_are_trained_in_rounds_and_may_win(tmp_path: Path) -> 
         assert before.drop_high is not None and before.drop_high > 0.1, "it was not safely inside"
         assert trial.drop is not None and before.drop is not None and trial.drop < before.drop + 0.02
     rounds = [line for line in said if line.startswith("round ")]
-    assert rounds[0].startswith(f"round 1: {len(kept)} candidates"), "as many as there is time for"
+    counts = [int(line.split(": ")[1].split()[0]) for line in rounds]
+    assert 1 <= counts[0] <= len(kept), "as many as there is time for"
     assert said.index(rounds[0]) > max(n for n, line in enumerate(said) if line.startswith("building "))
     assert result.reasons[0] == "searched" and "distillation" in result.reasons[-1]
     assert any("agreement" in line for line in said)
