@@ -154,10 +154,9 @@ class _Selection:
     def ranked(self) -> list[Trial]:
         """Candidates, the fastest first; those in front are timed again side by side.
 
-        Each was timed at another moment of the search, so the order of near ones is partly chance. Of those that
-        differ in training alone, which moves no time, there is one.
+        Each was timed at another moment of the search, so the order of near ones is partly chance.
         """
-        candidates = _the_safest_of_alike(self.found.candidates)
+        candidates = list(self.found.candidates)
         # Each is held whole while it is timed, beside its kernels: what is large goes in smaller company.
         room = int(free_bytes() / 2 / max(calibration_bytes(self.judge.workshop.source), 1))
         count = min(_TIMED_AGAIN, room)
@@ -358,14 +357,6 @@ def _is_compressed(trial: Trial) -> bool:
 def _likely(trial: Trial) -> float:
     """The drop to expect; infinite where it is not known."""
     return math.inf if trial.likely_drop is None else trial.likely_drop
-
-
-def _the_safest_of_alike(candidates: Sequence[Trial]) -> list[Trial]:
-    """In the order given, of those that differ in training alone the one with the least drop."""
-    alike: dict[CompressionPlan, list[Trial]] = {}
-    for trial in candidates:
-        alike.setdefault(serde.replace(trial.plan, distillation=None), []).append(trial)
-    return [min(each, key=_likely) for each in alike.values()]
 
 
 def float_blocks(
