@@ -4,9 +4,9 @@ The fastest candidate of the search is trained as well where the test part may r
 made safe before what is faster. Candidates are built as they stand and timed before any of them is trained, since
 training moves no time; those for which there is one that is faster and less damaged are left out. Then they are
 halved (Jamieson & Talwalkar 2016, arXiv 1502.07943): as many as there is time for get a short run, those that are
-left get longer ones, and the best of them what time is left. Where one came inside the budget and time is left, still
-faster ones are looked for. Each run is a candidate of its own, judged by OpenVINO on the search part like every
-other, and may win.
+left get longer ones, and the best of them what time is left. As soon as one is safely inside the budget, still faster
+ones are looked for and join those that are left. Each run is a candidate of its own, judged by OpenVINO on the search
+part like every other, and may win.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ STAGE_S = 1200.0
 SPEEDS = (1.08, 1.18, 1.35)
 """How many times faster than the best training-free candidate the prospects are predicted to be."""
 RUNG_SHARES = (0.25, 0.4, 1.0)
-"""Of the time that is left then, for each round of runs; a round of one candidate gets all of it."""
+"""Of the time that is left then, for each round of runs."""
+_ALONE_SHARE = 0.5
+"""At least, for a round of one candidate: what makes it safe in that leaves time for faster ones."""
 BUILDING_SHARE = 0.2
 """Of the stage's time, after which no further candidate is built."""
 _LEAST_STEPS, _FAIR_STEPS, _MOST_STEPS, _STEP_QUANTUM = 50, 150, 3000, 50
@@ -56,7 +58,7 @@ are counted in samples that change sides, which few do by chance, and damages te
 _PATIENCE = 1.5
 """Of the time that a run was planned to take, under a time limit."""
 _FASTER = 0.97
-"""Of the best one's time, what a prospect may take at most: training is too dear for less."""
+"""Of the best one's time, what another may take at most: training is too dear for less."""
 _NEAREST = 2
 """Candidates of the search that were over the budget, the nearest to it."""
 _AT_EACH_SPEED = 2
@@ -116,14 +118,14 @@ class Runner:
 
 
 def worth_a_run(runners: Sequence[Runner], max_drop: float, *, only_fresh: bool = False) -> list[Runner]:
-    """What to train next: nothing slower than what is safely inside the budget already.
+    """What to train next: nothing that is hardly faster than what is safely inside the budget already.
 
     First what the search itself found inside, which a run may make safe; then what would be the fastest inside, the
     nearest to it in front; then what is inside, but not safely, the fastest in front; then, for the case that the
     test part refuses those, the rest. What its last run brought nothing comes behind all others, or, with
     `only_fresh`, not at all.
     """
-    safe = min((r.latency_ms for r in runners if r.is_safe(max_drop)), default=math.inf)
+    most = _FASTER * _safe_ms(runners, max_drop)
     inside = min((r.latency_ms for r in runners if r.is_inside), default=math.inf)
 
     def order(runner: Runner) -> tuple[bool, int, float, float]:
@@ -131,8 +133,13 @@ def worth_a_run(runners: Sequence[Runner], max_drop: float, *, only_fresh: bool 
             return runner.is_spent, 2 if runner.runs else 0, runner.latency_ms, 0.0
         return runner.is_spent, 1 if runner.latency_ms < inside else 3, runner.drop, runner.damage
 
-    found = [r for r in runners if r.is_open and r.latency_ms < safe and not (only_fresh and r.is_spent)]
+    found = [r for r in runners if r.is_open and r.latency_ms < most and not (only_fresh and r.is_spent)]
     return sorted(found, key=order)
+
+
+def _safe_ms(runners: Sequence[Runner], max_drop: float) -> float:
+    """The least latency of those safely inside; infinite where none is."""
+    return min((r.latency_ms for r in runners if r.is_safe(max_drop)), default=math.inf)
 
 
 def _is_trainable(plan: CompressionPlan) -> bool:
@@ -215,7 +222,7 @@ class _Stage:
     # ------------------------------------------------------------------ the whole stage
 
     def run(self) -> None:
-        """Train, halve, train on; where that brought one into the budget, look for still faster ones."""
+        """Train, halve, train on; where that brought one into the budget, look for still faster ones as well."""
         best = min(self.found.candidates, key=latency_of, default=None)
         plans = self._prospects(best)
         self.judge.workshop.distill = self._distilled
@@ -232,8 +239,8 @@ class _Stage:
             return
         try:
             while runners:
-                self._rounds(runners)
-                runners = self._further(runners)
+                left = self._rounds(runners)
+                runners = [*left, *self._further(runners)]
         finally:  # the time limit, or an interrupt, may end them from within
             for trial in self.judge.finished():  # of an earlier session, which went another way
                 if trial.plan.distillation is not None and not self.judge.knows(trial.plan):
@@ -251,27 +258,35 @@ class _Stage:
         plans = [plan for plan in self._prospects(fastest.trial) if plan not in self.tried]
         return self._timed(plans, fastest.trial)
 
-    def _rounds(self, runners: list[Runner]) -> None:
-        """Rounds of ever fewer and longer runs, until time or candidates are used up."""
-        count = len(runners)
+    def _rounds(self, runners: list[Runner]) -> list[Runner]:
+        """Rounds of ever fewer and longer runs, until one more is safe, or time or candidates are used up.
+
+        What is left to train where one more is safe; nothing otherwise. What became of all of them is in `runners`.
+        """
+        count, safe_ms = len(runners), _safe_ms(runners, self.judge.budget.max_drop)
         for number in itertools.count():
             limit, only_fresh = self.judge.budget.max_drop, number >= len(RUNG_SHARES)
             chosen = worth_a_run(runners, limit, only_fresh=only_fresh)[:count]
             chosen, steps = self._planned(chosen, number)
             if not chosen:
-                return
+                break
             self.say(f"round {number + 1}: {len(chosen)} candidates for {steps} steps each")
             for runner in chosen:
                 if self._left() <= 0 and (number or self.options.deadline is not None):
-                    return
+                    return []
                 runners[runners.index(runner)] = self._trained(runner, steps)
+            if _safe_ms(runners, limit) < safe_ms:
+                return worth_a_run(runners, limit, only_fresh=True)
             count = math.ceil(len(chosen) / 2)
+        return []
 
     def _planned(self, chosen: list[Runner], number: int) -> tuple[list[Runner], int]:
         """As many of the runners as time allows, and the steps of each; a resumed search does the same."""
         if not chosen:
             return [], 0
-        share = 1.0 if len(chosen) == 1 else RUNG_SHARES[min(number, len(RUNG_SHARES) - 1)]
+        share = RUNG_SHARES[min(number, len(RUNG_SHARES) - 1)]
+        if len(chosen) == 1:
+            share = max(share, _ALONE_SHARE)
         seconds = share * (self._left() + self._judging_s())
 
         def planned() -> tuple[int, int]:
