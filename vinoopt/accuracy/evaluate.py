@@ -176,8 +176,8 @@ class Scores:
     accuracy: Accuracy
     resampled: dict[str, Array] = field(default_factory=dict, repr=False)
     """What resamples of these statistics gave, by their counts."""
-    pace: list[float] = field(default_factory=list, repr=False)
-    """Seconds of one value, once it was taken."""
+    value_s: float = 0.0
+    """Seconds that the value took to compute."""
 
     @property
     def value(self) -> float:
@@ -223,13 +223,13 @@ def score(
                     None if other is None else _part(other, part, parts),
                 )
             )
+    began = time.perf_counter()
+    value = float(metric.value(statistics))
+    value_s = time.perf_counter() - began
     accuracy = Accuracy(
-        metric=metric.name,
-        value=float(metric.value(statistics)),
-        samples=len(statistics),
-        higher_is_better=metric.higher_is_better,
+        metric=metric.name, value=value, samples=len(statistics), higher_is_better=metric.higher_is_better
     )
-    return Scores(statistics=statistics, accuracy=accuracy)
+    return Scores(statistics=statistics, accuracy=accuracy, value_s=value_s)
 
 
 def _can_split(outputs: Mapping[str, Array], parts: int) -> bool:
@@ -402,14 +402,9 @@ def _drops_of_counts(
 
 def _resamples(metric: Metric, reference: Scores) -> int:
     """How many a bootstrap may take: fewer for a metric of the user's that takes its time."""
-    if not reference.pace:
-        if getattr(metric, "values", None) is None:
-            began = time.perf_counter()
-            _value(metric, reference.statistics)
-            reference.pace.append(time.perf_counter() - began)
-        else:
-            reference.pace.append(0.0)
-    fitting = _RESAMPLING_S / max(reference.pace[0], 1e-9)
+    if getattr(metric, "values", None) is not None:
+        return intervals.RESAMPLES
+    fitting = _RESAMPLING_S / max(reference.value_s, 1e-9)
     return int(min(max(fitting, _LEAST_RESAMPLES), intervals.RESAMPLES))
 
 

@@ -4,8 +4,8 @@ The fastest candidate of the search is trained as well where the test part may r
 made safe before what is faster. Candidates are built as they stand and timed before any of them is trained, since
 training moves no time; those for which there is one that is faster and less damaged are left out. Then they are
 halved (Jamieson & Talwalkar 2016, arXiv 1502.07943): as many as there is time for get a short run, those that are
-left get longer ones, and the best of them what time is left. As soon as one is safely inside the budget, still faster
-ones are looked for and join those that are left. Each run is a candidate of its own, judged by OpenVINO on the search
+left get longer ones, and the best of them what time is left. As soon as one is inside the budget, still faster ones
+are looked for and join those that are left. Each run is a candidate of its own, judged by OpenVINO on the search
 part like every other, and may win.
 """
 
@@ -126,7 +126,7 @@ def worth_a_run(runners: Sequence[Runner], max_drop: float, *, only_fresh: bool 
     `only_fresh`, not at all.
     """
     most = _FASTER * _safe_ms(runners, max_drop)
-    inside = min((r.latency_ms for r in runners if r.is_inside), default=math.inf)
+    inside = _inside_ms(runners)
 
     def order(runner: Runner) -> tuple[bool, int, float, float]:
         if runner.is_inside:
@@ -140,6 +140,11 @@ def worth_a_run(runners: Sequence[Runner], max_drop: float, *, only_fresh: bool 
 def _safe_ms(runners: Sequence[Runner], max_drop: float) -> float:
     """The least latency of those safely inside; infinite where none is."""
     return min((r.latency_ms for r in runners if r.is_safe(max_drop)), default=math.inf)
+
+
+def _inside_ms(runners: Sequence[Runner]) -> float:
+    """The least latency of those inside; infinite where none is."""
+    return min((r.latency_ms for r in runners if r.is_inside), default=math.inf)
 
 
 def _is_trainable(plan: CompressionPlan) -> bool:
@@ -259,15 +264,18 @@ class _Stage:
         return self._timed(plans, fastest.trial)
 
     def _rounds(self, runners: list[Runner]) -> list[Runner]:
-        """Rounds of ever fewer and longer runs, until one more is safe, or time or candidates are used up.
+        """Rounds of ever fewer and longer runs, until a faster one is inside, or time or candidates are used up.
 
-        What is left to train where one more is safe; nothing otherwise. What became of all of them is in `runners`.
+        What is left to train where a faster one is; nothing otherwise. What became of all of them is in `runners`.
+        The first round is short, and for those that had none yet.
         """
-        count, safe_ms = len(runners), _safe_ms(runners, self.judge.budget.max_drop)
+        count, limit = len(runners), self.judge.budget.max_drop
+        inside_ms, safe_ms = _inside_ms(runners), _safe_ms(runners, limit)
         for number in itertools.count():
-            limit, only_fresh = self.judge.budget.max_drop, number >= len(RUNG_SHARES)
-            chosen = worth_a_run(runners, limit, only_fresh=only_fresh)[:count]
-            chosen, steps = self._planned(chosen, number)
+            chosen = worth_a_run(runners, limit, only_fresh=number >= len(RUNG_SHARES))
+            if number == 0:
+                chosen = [runner for runner in chosen if not runner.runs] or chosen
+            chosen, steps = self._planned(chosen[:count], number)
             if not chosen:
                 break
             self.say(f"round {number + 1}: {len(chosen)} candidates for {steps} steps each")
@@ -275,7 +283,7 @@ class _Stage:
                 if self._left() <= 0 and (number or self.options.deadline is not None):
                     return []
                 runners[runners.index(runner)] = self._trained(runner, steps)
-            if _safe_ms(runners, limit) < safe_ms:
+            if _safe_ms(runners, limit) < safe_ms or _inside_ms(runners) < _FASTER * inside_ms:
                 return worth_a_run(runners, limit, only_fresh=True)
             count = math.ceil(len(chosen) / 2)
         return []
@@ -459,8 +467,11 @@ class _Stage:
         damage = self.judge.damage(plan, partial(self.judge.workshop.build, plan))
         self.made.clear()
         after = replace(runner, plan=plan, trial=trial, damage=damage)
-        if runner.trial is None:
+        if runner.trial is None and (damage < runner.damage or trial.likely_drop is None):
             return replace(after, is_spent=trial.likely_drop is None)
+        if runner.trial is None:  # which a short run may make worse, and which may have been inside
+            untrained = self.judge.judge(runner.plan, note=f"{words}, which {steps} steps did not bring nearer")
+            runner = replace(runner, trial=untrained)
         gain, missing = runner.drop - after.drop, max(runner.drop - self.judge.budget.max_drop, 0.0)
         is_closer = damage < (1 - _LEAST_GAIN) * runner.damage
         is_spent = gain <= _LEAST_GAIN * missing and not is_closer
