@@ -16,7 +16,7 @@
     │   ├── BundleError              the output folder: not a bundle, damaged, or in the way
     │   └── ExtraMissing             an optional package that was asked for is not installed
     ├── CompressionError          1  pruning or quantization failed on a model that looked fine
-    │   └── DistillationError        the model cannot be trained, or came out no better; it is as it was
+    │   └── DistillationError        the model cannot be trained; it is as it was
     ├── DeviceError               1  OpenVINO could not compile for, or run on, a device of this machine
     └── ToolchainError            1  an offline toolchain
         ├── ToolchainMissing         not installed; the message says how to get it

@@ -737,9 +737,11 @@ def _choose_for(
     found = search(judge, _before_training(options) if trains else options, say=say)
     if why_not:
         found = replace(found, reasons=(*found.reasons, f"nothing was distilled: {why_not}"))
-    if trains and not found.is_interrupted:
+    if trains:
         limit_s = material.request.time_limit_s
-        stage_options = StageOptions(deadline=options.deadline, limit_s=limit_s, seed=options.seed)
+        stage_options = StageOptions(
+            deadline=options.deadline, limit_s=limit_s, seed=options.seed, allows=options.allows
+        )
         found = distill_beyond(judge, found, stage_options, say=say)
     test = TestPart(data=splits.test, reference=material.test_reference)
     with material.forecast.stage("choose"):

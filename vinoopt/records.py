@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -337,7 +337,7 @@ class WeightCompressionPlan(Record):
 class DistillationPlan(Record):
     """How a compressed model is trained towards the float model's outputs, without labels."""
 
-    runs: tuple[int, ...]
+    runs: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     """Steps of each run; a run begins where the one before it ended."""
     batch: int = Field(default=64, ge=1)
     """Samples per step."""
@@ -350,6 +350,8 @@ class DistillationPlan(Record):
     """Whether images are mirrored, shifted and mixed."""
     label_weight: float = Field(default=0.0, ge=0)
     """Of the cross entropy with labels beside the divergence from the teacher; 0: labels are not looked at."""
+    are_scores: bool = True
+    """Whether an output counts as class scores that reads like them; false: only what a softmax or sigmoid makes."""
     seed: int = 0
 
 

@@ -396,7 +396,7 @@ class Judge:
         return judged, model
 
     @property
-    def _are_scores(self) -> bool:
+    def are_scores(self) -> bool:
         """Whether outputs of a classifier's shape are class scores, by what is known of metric and labels."""
         labels = self.data.labels
         is_numbered = isinstance(labels, np.ndarray) and labels.dtype.kind in "iu"
@@ -420,7 +420,7 @@ class Judge:
         says that it is the same for every target; `kind` tells apart models made in different ways from one plan.
         """
         where = "" if is_shared else f"{self.workshop.device} {self.yardstick.arithmetic}"
-        are_scores = self._are_scores
+        are_scores = self.are_scores
         names = judged_outputs(self.metric) or tuple(self.reference[0])
 
         def probe() -> float:

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from vinoopt.records import QuantizationPlan
+from vinoopt.records import CompressionPlan, QuantizationPlan
 
 ROUNDS = {"fast": 1, "balanced": 2, "thorough": 10}
 """How often tables are corrected and the frontier searched again, by effort; less where that brings nothing new."""
@@ -38,6 +38,11 @@ class SearchOptions:
     """Of the baselines, which may use time that is else kept for choosing among candidates; None: `deadline`."""
     memory_bytes: float = math.inf
     """Memory that may be taken beyond what is held already."""
+
+    def allows(self, plan: CompressionPlan) -> bool:
+        """Whether the search may come by such a plan."""
+        is_float = plan.quantization is None and plan.weights is None
+        return (self.quantize or is_float) and (self.prune or not plan.widths)
 
     @property
     def is_late(self) -> bool:

@@ -131,13 +131,9 @@ class _Run:
 
     def is_at_hand(self, plan: CompressionPlan) -> bool:
         """Whether these options allow a plan of an earlier session, and its model can be had without a search."""
-        if plan.distillation is not None or not (self.options.quantize or self._is_float(plan)):
+        if plan.distillation is not None or not self.options.allows(plan):
             return False
-        return not plan.widths or (self.options.prune and self.judge.workshop.is_pruned(plan.widths))
-
-    @staticmethod
-    def _is_float(plan: CompressionPlan) -> bool:
-        return plan.quantization is None and plan.weights is None
+        return not plan.widths or self.judge.workshop.is_pruned(plan.widths)
 
     def baselines(self) -> None:
         """What all else is compared with."""

@@ -14,6 +14,7 @@ import openvino as ov
 import torch
 
 from vinoopt.compression.activations import sized_like
+from vinoopt.compression.sensitivity import is_classifier_shape
 from vinoopt.distillation.augment import Augment, find_augment
 from vinoopt.distillation.equality import check_batches, check_equality
 from vinoopt.distillation.losses import Loss, is_row_shape, output_loss, relative_error, stacked
@@ -107,6 +108,8 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
     """
     if plan.label_weight and school.labels is None:
         raise DataError("label_weight is about class numbers; give labels, one whole number per sample")
+    if plan.label_weight and school.labels is not None:
+        _check_labels(student, school)
     ports = [(len(model.inputs), len(model.outputs)) for model in (student, school.teacher)]
     if ports[0] != ports[1]:
         raise DistillationError(f"the model has {ports[0]} inputs and outputs, and its teacher {ports[1]}")
@@ -117,7 +120,9 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
         material = _material(mirror, school, plan, run)
     mirror.place(school.device)
     departure = Departure(school)
+    began = time.monotonic()
     before = departure.of(student)
+    judging_s = 0.0 if run.is_judged_later else time.monotonic() - began
     run.say(f"training on {len(school.inputs)} inputs, {len(school.judged)} kept for judgement", 0, plan.runs[-1])
     outcome = Training(
         student=mirror,
@@ -132,21 +137,24 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
             threads=run.threads,
             may_keep_first=not run.is_judged_later,
         ),
-        deadline=run.deadline,
+        deadline=None if run.deadline is None else run.deadline - judging_s,
         checkpoint=run.checkpoint,
         signature=f"{plan.model_dump_json()} {digest_of(student)} {school.digest}" if run.checkpoint else "",
         on_progress=lambda progress: run.say(progress_words(progress), progress.step, progress.steps),
     ).run()
-    if outcome.reason == NOT_FINITE and not outcome.best_step:
-        raise DistillationError(
-            f"the loss was not finite in step {outcome.steps}, so nothing could be learnt: check that the inputs and "
-            "the float model's outputs on them are finite"
-        )
+    is_lost = outcome.reason == NOT_FINITE and not outcome.best_step
+    if is_lost and (outcome.steps == 1 or run.is_judged_later):
+        advice = "check that the inputs and the float model's outputs on them are finite"
+        if outcome.steps > 1:
+            advice = "a lower peak rate may help"
+        raise DistillationError(f"the loss was not finite in step {outcome.steps}: {advice}")
     with failing("writing what was trained"):
         mirror.write()
         trained: ov.Model = work.clone()
     after = departure.of(trained)
     doubt = "" if run.is_judged_later else after.doubt_over(before)
+    if is_lost:
+        doubt = "the loss was not finite in the last step, before any that made it better: a lower peak_rate may help"
     reason = f"{outcome.steps} of {plan.runs[-1]} steps ({outcome.reason}): {after.words_after(before)}"
     return Distilled(
         model=student.clone() if doubt else trained,
@@ -157,6 +165,17 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
         reason=f"{reason}: kept as it was, since {doubt}" if doubt else reason,
         outcome=outcome,
     )
+
+
+def _check_labels(student: ov.Model, school: School) -> None:
+    """Raises `DataError` where the labels are no class numbers of the first output."""
+    shape = next(iter(school.reference[0].values())).shape
+    if not is_classifier_shape(shape):
+        raise DataError(f"labels are learned by class scores, [B, C], and the first output is {list(shape)}")
+    known = torch.cat(list(school.labels or []))
+    low, high = int(known.min()), int(known.max())
+    if low < 0 or high >= shape[1]:
+        raise DataError(f"the labels go from {low} to {high}, and the first output has {shape[1]} classes")
 
 
 def last_rate(plan: DistillationPlan) -> float:
@@ -246,8 +265,19 @@ def _together(student: Mirror, plan: DistillationPlan, call: Batch) -> int:
     own = student.own_batch or (call[0].shape[0] if call[0].ndim else 1) or 1
     whole = max(plan.batch // own, 1)
     model = sized_like(student.model, call)
-    held = sum(bytes_of(output) for node in model.get_ops() for output in node.outputs())
-    return max(min(whole, STEP_BYTES // max(held, 1)), 1)
+    return max(min(whole, STEP_BYTES // max(_held_bytes(model), 1)), 1)
+
+
+def _held_bytes(model: ov.Model) -> int:
+    """Of all values that hang on the inputs."""
+    live: set[str] = set()
+    held = 0
+    for node in model.get_ordered_ops():
+        sources = [value.get_node().get_name() for value in node.input_values()]
+        if node.get_type_name() == "Parameter" or not live.isdisjoint(sources):
+            live.add(node.get_name())
+            held += sum(map(bytes_of, node.outputs()))
+    return held
 
 
 def _examples(teacher: Mirror, calls: Sequence[Batch], keys: Sequence[Key]) -> list[tuple[Any, frozenset[int]]]:

@@ -49,6 +49,7 @@ def distill(
     peak_rate: float | None = None,
     inner_weight: float = 1.0,
     augment: bool | Augment = True,
+    are_scores: bool = True,
     seed: int = 0,
     threads: int | None = None,
     time_limit_s: float | None = None,
@@ -67,7 +68,9 @@ def distill(
     largest change of a weight per step, relative to its tensor's size; by default 0.01 for a model with fewer weights
     than its teacher, else 0.0003. With less than 600 steps it is lowered by the root of their share, to half at most.
     `augment` mirrors, shifts and mixes images (True; one channel of floats is not taken for one), leaves inputs as
-    they are (False), or is a function of the inputs of one batch and a `torch.Generator`. A run that was interrupted,
+    they are (False), or is a function of the inputs of one batch and a `torch.Generator`. With `are_scores` false an
+    output of class scores' shape ([B, C]) that no softmax follows is compared by its values: coordinates and
+    embeddings, say, may read like scores. A run that was interrupted,
     or cut by the time limit, goes on from `checkpoint`; Ctrl-C still raises `KeyboardInterrupt`. The result is the
     same in every run with `threads=1` and no time limit.
 
@@ -75,15 +78,16 @@ def distill(
     `result.after` are divergences of the outputs from the teacher's on held-back inputs that training never saw,
     computed by OpenVINO.
     Raises `ExtraMissing` without PyTorch, `DistillationError` for an operator that has no rule or fails in PyTorch
-    and for outputs without a gradient, and what reading model and data raises.
+    and for outputs without a gradient, `DataError` for labels that are no classes of the first output, and what
+    reading model and data raises.
     """
     require_torch()
     make_interrupts_safe()
     from vinoopt.distillation.distiller import Run, train
     from vinoopt.distillation.school import open_school
 
-    model = _model(compressed)
-    master = _teacher(teacher, preprocess, shape)
+    model = _named(_model(compressed))
+    master = _named(_teacher(teacher, preprocess, shape))
     dataset = _dataset(data, labels, master, preprocess)
     say = on_event or (lambda event: None)
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
@@ -96,11 +100,12 @@ def distill(
         inner_weight=inner_weight,
         augments=augment is not False,
         label_weight=0.0 if labels is None else label_weight,
+        are_scores=are_scores,
         seed=seed,
     )
-    return train(
+    result = train(
         model,
-        open_school(master, dataset, seed=seed),
+        open_school(master, dataset, seed=seed, are_scores=are_scores),
         plan,
         Run(
             deadline=deadline,
@@ -110,10 +115,30 @@ def distill(
             say=lambda message, done, total: say(Event(stage="distill", message=message, done=done, total=total)),
         ),
     )
+    if checkpoint is not None and not result.outcome.is_cut:
+        Path(checkpoint).unlink(missing_ok=True)
+    return result
 
 
 def _model(given: ov.Model | HoldsModel) -> ov.Model:
-    return given.model if isinstance(given, HoldsModel) else given
+    model = given.model if isinstance(given, HoldsModel) else given
+    if not isinstance(model, ov.Model):
+        raise InputError(
+            f"compressed is to be an ov.Model, or what vinoopt.compress returns, and is a {type(model).__name__}; "
+            "read a file with openvino.Core().read_model"
+        )
+    return model
+
+
+def _named(model: ov.Model) -> ov.Model:
+    """The model, with names for inputs that have none: they are fed by name."""
+    if all(port.get_names() for port in model.inputs):
+        return model
+    model = model.clone()
+    for port in model.inputs:
+        if not port.get_names():
+            port.set_names({port.get_node().get_friendly_name()})
+    return model
 
 
 def _teacher(
@@ -138,13 +163,15 @@ def _dataset(data: Any, labels: Any, model: ov.Model, preprocess: Sequence[Prepr
         return load_dataset(
             str(data), inputs=inputs, labels=None if labels is None else str(labels), preprocess=preprocess
         )
+    if isinstance(labels, str | Path):
+        raise InputError("labels in a file go with data in files; give both as paths, or both as arrays")
     return from_arrays(data, inputs=inputs, labels=labels)
 
 
 def _spec(given: ov.Output) -> TensorSpec:
     dimensions = [d.get_length() if d.is_static else "?" for d in given.get_partial_shape()]
     return TensorSpec(
-        name=given.get_node().get_friendly_name(),
+        name=min(given.get_names()),
         shape=tuple(dimensions),
         dtype=np.dtype(given.get_element_type().to_dtype()).name,
     )
@@ -164,7 +191,7 @@ def _plan(**fields: Any) -> DistillationPlan:
         return DistillationPlan(**fields)
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
+        place = ".".join("steps" if part == "runs" else str(part) for part in first["loc"] if part != 0)
         raise InputError(f"{place}: {first['msg']} (got {first['input']!r:.80})") from exc
 
 

@@ -70,7 +70,6 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
     def __init__(self, model: ov.Model, *, trains: bool = True) -> None:
         super().__init__()
         self.model = model
-        self.inputs: tuple[str, ...] = tuple(p.get_friendly_name() for p in model.get_parameters())
         self.input_keys: tuple[Key, ...] = tuple((p.get_name(), 0) for p in model.get_parameters())
         self.own_batch = _own_batch(model)
         self.results: tuple[Key, ...] = tuple(key_of(result.input_value(0)) for result in model.get_results())
@@ -82,6 +81,8 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
         self._live: set[str] = {p.get_name() for p in model.get_parameters()}
         self._trains = trains
         self._device = "cpu"
+        self._samples = 0
+        """Of the pass at hand; what has so many along its first axis has one sample at each place of it."""
         self.rounds = True
         """Whether quantizers of activations round; they always clamp."""
         self._steps = fused(self._read(model), self._kept_keys())
@@ -98,6 +99,7 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
         values.update(zip(self.input_keys, (x.to(self._device) for x in inputs), strict=True))
         values.update({weight.key: weight.value() for weight in self._weights})
         wanted = set(keys)
+        self._samples = inputs[0].shape[0] if inputs[0].ndim else 0
         factor = inputs[0].shape[0] // self.own_batch if self.own_batch and inputs[0].ndim else 1
         for number, step in enumerate(self._steps):
             try:
@@ -190,7 +192,7 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
             raise refuse(node, "computed ranges")
         bounds = [self._constants[key] for key in keys]
         grid = Grid.of(*bounds, levels=int(node.get_attributes()["levels"]))
-        shape = bounds[0].shape
+        shape = torch.broadcast_shapes(*(bound.shape for bound in bounds))
         raw = [np.ascontiguousarray(bound.numpy()).tobytes() for bound in bounds]
         content = b"".join([repr(tuple(shape)).encode(), *raw])
         # A quantizer of a constant that is not trained stays as it is.
@@ -201,7 +203,8 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
 
         def quantize(x: Any) -> Any:
             if self.rounds or not is_live:
-                return fake_quantize(x, shared.theta, grid, has_samples=is_live)
+                has_samples = is_live and x.ndim > 0 and len(x) == self._samples
+                return fake_quantize(x, shared.theta, grid, has_samples=has_samples)
             return clamp(x, shared.theta, grid)
 
         return Step(

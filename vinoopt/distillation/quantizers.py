@@ -61,7 +61,7 @@ class Grid:
 
     def offset_levels(self) -> int | None:
         """The level of zero, for one range with zero on its grid; None for other ones."""
-        if self.low.numel() != 1:
+        if self.step.numel() != 1:
             return None
         place = -float(self.low) / float(self.step)
         near = round(place)
@@ -109,7 +109,8 @@ class _FakeQuantize(torch.autograd.Function):  # type: ignore[misc]
             low, high = -zero * step, (grid.levels - 1 - zero) * step
             y = (x * (1 / step)).round_().clamp_(-zero, grid.levels - 1 - zero).mul_(step)
         ctx.save_for_backward(x, y, theta)
-        ctx.bounds, ctx.thinning = (low, high, step), _THINNING if has_samples and x.ndim > 1 else 1
+        is_thinned = has_samples and x.ndim > 1 and (theta.ndim < x.ndim or theta.shape[0] == 1)
+        ctx.bounds, ctx.thinning = (low, high, step), _THINNING if is_thinned else 1
         return y
 
     @staticmethod

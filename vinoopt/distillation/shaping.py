@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -371,8 +371,3 @@ def _interleaved(places: Sequence[int], first: int) -> list[int]:
 def _einsum(node: ov.Node) -> Function:
     equation = str(node.get_attributes()["equation"])
     return lambda *parts: torch.einsum(equation, *parts)
-
-
-@rule("Result")
-def _result(node: ov.Node) -> Callable[..., Any]:
-    return lambda x: x

@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import openvino as ov
 
 from vinoopt import serde
 from vinoopt.alarm import TimeIsUp, until
-from vinoopt.compression.judge import CANDIDATE_ERRORS, OF_VALUES, Judge, first_line
+from vinoopt.compression.judge import CANDIDATE_ERRORS, Judge, first_line
 from vinoopt.compression.precision_search import latency_of
 from vinoopt.compression.search import SearchResult
 from vinoopt.distillation.needs import PRUNED_RATE, ROUNDED_RATE, usual_batch
@@ -74,6 +75,8 @@ class StageOptions:
     limit_s: float | None = None
     """Of the whole run that the deadline belongs to: rounds of another one are planned anew."""
     seed: int = 0
+    allows: Callable[[CompressionPlan], bool] = lambda plan: True
+    """Whether the options of the search could give such a plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +91,8 @@ class Runner:
     trial: Trial | None = None
     is_spent: bool = False
     """Whether its last run brought nothing."""
+    attempts: int = 0
+    """Runs that it has had, those that brought nothing counted."""
 
     @property
     def runs(self) -> tuple[int, ...]:
@@ -137,6 +142,11 @@ def worth_a_run(runners: Sequence[Runner], max_drop: float, *, only_fresh: bool 
     return sorted(found, key=order)
 
 
+def _is_hopeful(runner: Runner) -> bool:
+    """Whether a longer run may bring what its last one did not."""
+    return not runner.is_spent or runner.attempts < len(RUNG_SHARES)
+
+
 def _safe_ms(runners: Sequence[Runner], max_drop: float) -> float:
     """The least latency of those safely inside; infinite where none is."""
     return min((r.latency_ms for r in runners if r.is_safe(max_drop)), default=math.inf)
@@ -179,14 +189,16 @@ def distill_beyond(
 ) -> SearchResult:
     """The search's result with the trials of distilled candidates, and what they bought, added to it.
 
-    Ends at the deadline, or at an interrupt, with what it has. A model that cannot be trained (an operator without
-    a rule, say) is named in the reasons, and the result stays as it was.
+    Ends at the deadline, or at an interrupt, with what it has; what an earlier session trained is taken over in any
+    case, also where the search was interrupted and nothing more is trained. A model that cannot be trained (an
+    operator without a rule, say) is named in the reasons, and the result stays as it was.
     """
     stage = _Stage(judge=judge, found=found, options=options, say=say)
     is_interrupted = False
     try:
         with judge.forecast.stage("distill"), until(options.deadline):
-            stage.run()
+            if not found.is_interrupted:
+                stage.run()
     except TimeIsUp:
         stage.reasons.append("the time limit ended distillation")
     except KeyboardInterrupt:
@@ -194,6 +206,12 @@ def distill_beyond(
         is_interrupted = True
     except CANDIDATE_ERRORS as exc:
         stage.reasons.append(f"distillation broke off: {first_line(exc)}")
+    for trial in judge.finished():  # of an earlier session, which went another way, or further
+        plan = trial.plan
+        if plan.distillation is not None and options.allows(_untrained(plan)) and not judge.knows(plan):
+            judge.judge(plan, note=trial.note)
+    if stage.has_begun:
+        stage.reasons.append(stage.conclusion())
     return replace(
         found,
         trials=tuple(judge.trials),
@@ -222,35 +240,53 @@ class _Stage:
         """When the run at hand has had so much more time than was planned that others need the rest."""
         self.tried: set[CompressionPlan] = set()
         """Plans of earlier rounds, as they were before training."""
+        self.best = min(found.candidates, key=latency_of, default=None)
+        """Of the search."""
+        self.has_begun = False
+        """Whether there was something to train."""
+        self.has_run = False
         self._school: School | None = None
 
     # ------------------------------------------------------------------ the whole stage
 
     def run(self) -> None:
         """Train, halve, train on; where that brought one into the budget, look for still faster ones as well."""
-        best = min(self.found.candidates, key=latency_of, default=None)
+        best = self.best
         plans = self._prospects(best)
         self.judge.workshop.distill = self._distilled
         faster = self._timed(plans, best)
-        runners = [*self._in_hand(best, faster), *faster]
+        runners = [*self._in_hand(best), *faster]
         if not runners:
             why = "was faster when timed" if plans else "is known to the search that would be faster"
             self.reasons.append(f"nothing was distilled: no candidate beyond the budget {why}")
             return
         try:
-            self.cost = self._measured_cost(runners[0])
+            runners = self._paced(runners)
         except DistillationError as exc:
             self.reasons.append(f"nothing was distilled: {exc}")
             return
-        try:
-            while runners:
-                left = self._rounds(runners)
-                runners = [*left, *self._further(runners)]
-        finally:  # the time limit, or an interrupt, may end them from within
-            for trial in self.judge.finished():  # of an earlier session, which went another way
-                if trial.plan.distillation is not None and not self.judge.knows(trial.plan):
-                    self.judge.judge(trial.plan, note=trial.note)
-            self.reasons.append(self._conclusion(best))
+        self.has_begun = True
+        while runners:
+            left = self._rounds(runners)
+            runners = [*left, *self._further(runners)]
+
+    def _paced(self, runners: Sequence[Runner]) -> list[Runner]:
+        """The runners from the first one on that can be trained, whose pace is taken for that of all.
+
+        Raises `DistillationError` where the teacher's image cannot be made, or none of them can be trained.
+        """
+        refused: list[tuple[Runner, DistillationError]] = []
+        for place, runner in enumerate(runners):
+            try:
+                self.cost = self._measured_cost(runner)
+            except DistillationError as exc:
+                if self._school is None:
+                    raise
+                refused.append((runner, exc))
+            else:
+                self.reasons += [f"{each.plan.title} was not distilled: {why}" for each, why in refused]
+                return list(runners[place:])
+        raise refused[0][1]
 
     def _further(self, runners: Sequence[Runner]) -> list[Runner]:
         """New runners, faster than the fastest that came inside; none where none did, or time is short."""
@@ -273,27 +309,28 @@ class _Stage:
         inside_ms, safe_ms = _inside_ms(runners), _safe_ms(runners, limit)
         for number in itertools.count():
             chosen = worth_a_run(runners, limit, only_fresh=number >= len(RUNG_SHARES))
+            is_alone = len(chosen) == 1
             if number == 0:
-                chosen = [runner for runner in chosen if not runner.runs] or chosen
-            chosen, steps = self._planned(chosen[:count], number)
+                chosen = [runner for runner in chosen if not runner.attempts] or chosen
+            chosen, steps = self._planned(chosen[:count], number, is_alone=is_alone)
             if not chosen:
                 break
             self.say(f"round {number + 1}: {len(chosen)} candidates for {steps} steps each")
             for runner in chosen:
-                if self._left() <= 0 and (number or self.options.deadline is not None):
+                if self._left() <= 0 and (self.has_run or self.options.deadline is not None):
                     return []
                 runners[runners.index(runner)] = self._trained(runner, steps)
             if _safe_ms(runners, limit) < safe_ms or _inside_ms(runners) < _FASTER * inside_ms:
-                return worth_a_run(runners, limit, only_fresh=True)
-            count = math.ceil(len(chosen) / 2)
+                return list(filter(_is_hopeful, worth_a_run(runners, limit)))
+            count = math.ceil(count / 2)
         return []
 
-    def _planned(self, chosen: list[Runner], number: int) -> tuple[list[Runner], int]:
+    def _planned(self, chosen: list[Runner], number: int, *, is_alone: bool) -> tuple[list[Runner], int]:
         """As many of the runners as time allows, and the steps of each; a resumed search does the same."""
         if not chosen:
             return [], 0
         share = RUNG_SHARES[min(number, len(RUNG_SHARES) - 1)]
-        if len(chosen) == 1:
+        if is_alone:
             share = max(share, _ALONE_SHARE)
         seconds = share * (self._left() + self._judging_s())
 
@@ -302,11 +339,12 @@ class _Stage:
             each = [(n, self._steps(seconds / n)) for n in counts]
             fitting = (pair for least in (_FAIR_STEPS, _LEAST_STEPS) for pair in each if pair[1] >= least)
             # Without a time limit something is tried anyhow.
-            if number == 0 and self.options.deadline is None:
+            if not self.has_run and self.options.deadline is None:
                 return next(fitting, (1, _LEAST_STEPS))
             return next(fitting)
 
-        key = digest(number, self.options.limit_s, [serde.sha256_record(runner.plan) for runner in chosen])[:16]
+        plans = [serde.sha256_record(runner.plan) for runner in chosen]
+        key = digest(number, share, self.options.limit_s, plans)[:16]
         name = f"distillation-round-{self.judge.yardstick.target.slug}-{key}"
         try:
             count, steps = self.judge.store.json(name, planned)
@@ -381,8 +419,9 @@ class _Stage:
             # One that the target refuses must not take the others with it.
             alone = [runner for plan in usable for runner in self._timed([plan], best)]
             return sorted(_undominated(alone), key=lambda runner: runner.damage)
-        limit = times[0] if ground else math.inf
-        pairs = zip(usable, times[len(ground) :], strict=True)
+        limit = math.inf if best is None else latency_of(best)
+        unit = 1.0 if best is None else limit / times[0]  # the machine's pace may be another than when that was timed
+        pairs = zip(usable, (unit * ms for ms in times[len(ground) :]), strict=True)
         build = self.judge.workshop.build
         runners = [
             Runner(plan=plan, latency_ms=ms, damage=self.judge.damage(plan, partial(build, plan)))
@@ -391,13 +430,12 @@ class _Stage:
         ]
         return sorted(_undominated(runners), key=lambda runner: runner.damage)
 
-    def _in_hand(self, best: Trial | None, faster: Sequence[Runner]) -> list[Runner]:
+    def _in_hand(self, best: Trial | None) -> list[Runner]:
         """The best candidate of the search, where it can be trained and the test part may refuse it."""
         if best is None or not _is_trainable(best.plan):
             return []
-        latency_ms = max([latency_of(best), *(runner.latency_ms for runner in faster)])  # all timed beside it
         damage = self.judge.damage(best.plan, partial(self.judge.workshop.build, best.plan))
-        runner = Runner(plan=best.plan, latency_ms=latency_ms, damage=damage, trial=best)
+        runner = Runner(plan=best.plan, latency_ms=latency_of(best), damage=damage, trial=best)
         return [] if runner.is_safe(self.judge.budget.max_drop) else [runner]
 
     def _built(self, plans: Sequence[CompressionPlan]) -> list[CompressionPlan]:
@@ -425,9 +463,8 @@ class _Stage:
 
         if self._school is None:
             workshop = self.judge.workshop
-            are_scores = self.judge.metric.name not in OF_VALUES
             self._school = open_school(
-                workshop.source, workshop.calibration, seed=self.options.seed, are_scores=are_scores
+                workshop.source, workshop.calibration, seed=self.options.seed, are_scores=self.judge.are_scores
             )
         return self._school
 
@@ -451,6 +488,7 @@ class _Stage:
             runs=runs,
             batch=usual_batch(workshop.source, workshop.calibration),
             peak_rate=PRUNED_RATE if widths else ROUNDED_RATE,
+            are_scores=self.judge.are_scores,
             seed=self.options.seed,
         )
 
@@ -466,12 +504,14 @@ class _Stage:
         trial = self.judge.judge(plan, note=f"{sum(runs)} steps of distillation, {words}")
         damage = self.judge.damage(plan, partial(self.judge.workshop.build, plan))
         self.made.clear()
+        self.has_run = True
+        runner = replace(runner, attempts=runner.attempts + 1)
         after = replace(runner, plan=plan, trial=trial, damage=damage)
-        if runner.trial is None and (damage < runner.damage or trial.likely_drop is None):
+        if runner.trial is None and (damage < runner.damage or trial.likely_drop is None or self._left() < 0):
             return replace(after, is_spent=trial.likely_drop is None)
-        if runner.trial is None:  # which a short run may make worse, and which may have been inside
-            untrained = self.judge.judge(runner.plan, note=f"{words}, which {steps} steps did not bring nearer")
-            runner = replace(runner, trial=untrained)
+        if runner.trial is None:  # a short run may make worse what was inside
+            note = f"without training: after {steps} steps its outputs were further from the float model's"
+            runner = replace(runner, trial=self.judge.judge(runner.plan, note=note))
         gain, missing = runner.drop - after.drop, max(runner.drop - self.judge.budget.max_drop, 0.0)
         is_closer = damage < (1 - _LEAST_GAIN) * runner.damage
         is_spent = gain <= _LEAST_GAIN * missing and not is_closer
@@ -486,6 +526,7 @@ class _Stage:
         """The plan, its model made; or, where time ran out, the plan of the steps that were taken."""
         try:
             self.judge.workshop.build(plan)
+            self._checkpoint(plan).unlink(missing_ok=True)
         except _CutShort as cut:
             runs = () if plan.distillation is None else plan.distillation.runs
             plan = self._with_runs(plan, (*runs[:-1], max(cut.steps, 1)))
@@ -493,6 +534,9 @@ class _Stage:
         except CANDIDATE_ERRORS as exc:
             self.made[plan] = exc  # the judge is told the same without another run
         return plan
+
+    def _checkpoint(self, plan: CompressionPlan) -> Path:
+        return self.judge.store.folder / f"distillation-{serde.sha256_record(plan)[:24]}.pt"
 
     def _distilled(self, plan: CompressionPlan, student: ov.Model) -> ov.Model:
         """The last run of the plan; what the workshop calls where it has no such model yet."""
@@ -514,7 +558,7 @@ class _Stage:
             distillation,
             Run(
                 deadline=deadline,
-                checkpoint=self.judge.store.folder / f"distillation-{serde.sha256_record(plan)[:24]}.pt",
+                checkpoint=self._checkpoint(plan),
                 is_judged_later=True,
                 say=lambda message, done, total: self.say(f"distillation: {message}"),
             ),
@@ -528,14 +572,19 @@ class _Stage:
 
     # ------------------------------------------------------------------ words
 
-    def _conclusion(self, best: Trial | None) -> str:
+    def conclusion(self) -> str:
+        """What the stage bought, in a sentence."""
+        best = self.best
         tried = [t for t in self.judge.trials if t.plan.distillation is not None]
-        won = [t for t in tried if t.state is TrialState.COMPLETE and t.latency is not None]
+        others = [t for t in self.judge.trials[len(self.found.trials) :] if t.plan.distillation is None]
+        won = [t for t in (*tried, *others) if t.state is TrialState.COMPLETE and t.latency is not None]
         spent = f"{(time.monotonic() - self.started) / 60:.0f} min, {len(tried)} runs"
         if won:
             fastest = min(won, key=latency_of)
             ground = "nothing inside the budget" if best is None else best.plan.title
             result = f"{fastest.plan.title}, {fastest.drop_words}{self._before(fastest)} on the search part"
+            if fastest in others:
+                return f"before it was trained ({spent}), a candidate faster than {ground} was found inside: {result}"
             if best is not None and _untrained(fastest.plan) == best.plan:
                 return f"distillation ({spent}) made nothing faster, but may have made the best safer: {result}"
             gain = math.inf if best is None else latency_of(best) / latency_of(fastest)

@@ -98,7 +98,7 @@ class Outcome:
     best_loss: float
     seconds: float
     looking_s: float
-    """Of them, looking at the held-back inputs."""
+    """Of them, beginning and looking at the held-back inputs."""
     reason: str
     """Why it ended: `done`, `no better for a while`, `time limit`, `not finite`."""
 
@@ -204,6 +204,8 @@ class Training:
                 self._best_loss = math.inf
             if self._device.type == "cpu" and _has_bf16():
                 self._halves, self._own_halves = self._may_halve(), self._student_may_halve()
+            self._looking = 0.0
+        self._looking += time.monotonic() - self._started
 
     def _run(self) -> Outcome:
         steps = self.settings.steps
@@ -232,10 +234,8 @@ class Training:
             if time.monotonic() - saved > _CHECKPOINT_S:
                 self._save()
                 saved = time.monotonic()
-        if reason == TIME_LIMIT:
-            self._save()
-        elif self.checkpoint is not None:
-            self.checkpoint.unlink(missing_ok=True)
+        if reason != NOT_FINITE:
+            self._save()  # until the caller has made sure of the result
         self._restore_best()
         return Outcome(
             steps=self._step,
@@ -328,9 +328,14 @@ class Training:
                 loss = weight * self._loss(inputs, labels, self.settings.inner_weight)
                 loss.backward()
                 total += float(loss.detach())
-            if math.isfinite(total):
+            if math.isfinite(total) and self._are_grads_finite():
                 self._optimizer.step()
         return total
+
+    def _are_grads_finite(self) -> bool:
+        """Whether a step may be taken: a root of zero, say, has a value, but no slope."""
+        sums = [p.grad.sum() for p in self._parameters if p.grad is not None]
+        return bool(torch.isfinite(torch.stack(sums)).all()) if sums else True
 
     def _loss(self, inputs: Batch, labels: Any, inner_weight: float) -> Any:
         material = self.material
@@ -346,7 +351,8 @@ class Training:
 
     def _next_chunks(self) -> list[tuple[Batch, Any, float]]:
         """The next calls in a random order, with their labels and their share of the step, as few as can be."""
-        own = self.student.own_batch or self.material.inputs[0][0].shape[0] or 1
+        first = self.material.inputs[0][0]
+        own = self.student.own_batch or (first.shape[0] if first.ndim else 1) or 1
         count = min(max(self.settings.batch // own, 1), len(self.material.inputs))
         if len(self._order) < count:
             self._order = torch.randperm(len(self.material.inputs), generator=self._generator).tolist()
