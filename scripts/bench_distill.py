@@ -36,7 +36,7 @@ from vinoopt.compression.widths import prepare
 from vinoopt.frontend.normalize import SourceModel
 from vinoopt.records import Device, Event, QuantizationPlan
 
-HOST = "CPU"
+HOST = "host:CPU"
 """The target that is here, whose result is measured beside the others anew."""
 
 

@@ -23,7 +23,7 @@ from vinoopt.distillation.losses import output_loss  # noqa: E402
 from vinoopt.distillation.quantizers import Grid, fake_quantize  # noqa: E402
 from vinoopt.distillation.school import open_school  # noqa: E402
 from vinoopt.distillation.standing import Standing  # noqa: E402
-from vinoopt.errors import DistillationError, InputError  # noqa: E402
+from vinoopt.errors import DataError, DistillationError, InputError  # noqa: E402
 from vinoopt.records import Device, DistillationPlan, Event, QuantizationPlan, TensorSpec  # noqa: E402
 
 SIDE, CLASSES = 16, 5
@@ -254,8 +254,45 @@ def test_too_few_inputs_and_nonsense_are_refused() -> None:
     teacher, student = pair()
     with pytest.raises(DistillationError, match="at least 16"):
         vinoopt.distill(student, teacher=teacher, data=IMAGES[:12])
-    with pytest.raises(InputError, match="batch"):
-        vinoopt.distill(student, teacher=teacher, data=IMAGES, batch=0)
+    for wrong in ({"batch": 0}, {"steps": 0}, {"labels": "labels.npy"}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            vinoopt.distill(student, teacher=teacher, data=IMAGES, **wrong)
+    with pytest.raises(InputError, match=r"ov\.Model"):
+        vinoopt.distill("student.xml", teacher=teacher, data=IMAGES)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="0 to 5, and the first output has 5 classes"):
+        vinoopt.distill(student, teacher=teacher, data=IMAGES, labels=np.arange(len(IMAGES)) % 6)
+
+
+@pytest.mark.parametrize("names", [{"picture"}, set()])
+def test_inputs_are_named_as_the_model_names_them(names: set[str]) -> None:
+    teacher, student = pair()
+    for model in (teacher, student):
+        model.input(0).set_names(names)
+    result = vinoopt.distill(student, teacher=teacher, data=IMAGES, steps=5, batch=16, threads=1)
+    assert result.outcome.steps == 5
+
+
+def test_values_that_are_no_scores_are_compared_as_values() -> None:
+    said: list[str] = []
+    distilled(5, are_scores=False, on_event=lambda event: said.append(event.message))
+    assert any("held back" in line for line in said)
+    assert not any("agreement" in line for line in said)
+
+
+def test_slopes_that_are_not_finite_are_not_followed() -> None:
+    def rooted() -> ov.Model:
+        """A root of zero beside the class scores: it has a value, but no slope."""
+        model = network()
+        scores = model.get_results()[0].input_value(0)
+        nothing = op.relu(op.subtract(scores, op.constant(np.float32(1e6))))
+        named = op.add(scores, op.sqrt(nothing))
+        named.output(0).set_names({"sum"})
+        return ov.Model([named], model.get_parameters(), "rooted")
+
+    result = vinoopt.distill(rooted(), teacher=rooted(), data=IMAGES, steps=10, batch=16, threads=1)
+    assert result.outcome.steps == 10
+    assert not result.is_better
+    assert bytes_of(result.model) == bytes_of(rooted())
 
 
 def test_a_step_that_memory_has_no_room_for_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vinoopt.compression.quantize import import_nncf  # noqa: E402
 from vinoopt.compression.search import SearchResult  # noqa: E402
 from vinoopt.demo import demo_files  # noqa: E402
 from vinoopt.distillation import stage  # noqa: E402
-from vinoopt.distillation.distiller import Distilled  # noqa: E402
+from vinoopt.distillation.distiller import Cost, Distilled  # noqa: E402
 from vinoopt.distillation.stage import Runner, StageOptions, distill_beyond, worth_a_run  # noqa: E402
 from vinoopt.distillation.training import Outcome  # noqa: E402
 from vinoopt.errors import DistillationError  # noqa: E402
@@ -314,6 +315,57 @@ def test_what_was_trained_is_taken_over(tmp_path: Path, monkeypatch: pytest.Monk
     second = distill_beyond(again, found_by(again, {0.85: 6, 0.0: 4}), StageOptions(), say=lambda text: None)
     same = second.trials[: len(first.trials)]
     assert [(t.plan, t.state) for t in same] == [(t.plan, t.state) for t in first.trials]
+
+
+def test_of_an_earlier_session_what_the_options_allow_is_taken_over_in_any_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = judge_in(tmp_path, max_drop=0.0)
+    distill_beyond(judge, found_by(judge, {0.0: 4}), StageOptions(), say=lambda text: None)
+
+    def taken(options: StageOptions, **how: Any) -> list[Trial]:
+        again = judge_in(tmp_path, max_drop=0.0)
+        again.resume()
+        found = replace(found_by(again, {}), **how)  # this time nothing beyond the budget is known
+        result = distill_beyond(again, found, options, say=lambda text: None)
+        return [trial for trial in result.trials if trial.plan.distillation is not None]
+
+    trained = [trial.plan for trial in judge.trials if trial.plan.distillation is not None]
+    assert trained
+    assert [trial.plan for trial in taken(StageOptions())] == trained
+    assert [trial.plan for trial in taken(StageOptions(), is_interrupted=True)] == trained
+    assert not taken(StageOptions(allows=lambda plan: not plan.widths))
+    monkeypatch.setattr(judge.workshop, "distill", None)
+    assert judge.workshop.build(trained[0]), "the store has it, and nothing needs to train"
+
+
+def test_one_that_cannot_be_trained_does_not_stand_in_the_way_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def picky(student: ov.Model, *arguments: Any) -> Cost:
+        asked.append(student)
+        if len(asked) == 1:
+            raise DistillationError("its outputs are not finite")
+        return Cost(setup_s=0.5, step_s=0.01)
+
+    monkeypatch.setattr("vinoopt.distillation.distiller.cost_of", picky)
+    judge = judge_in(tmp_path, max_drop=0.0)
+    result = distill_beyond(judge, found_by(judge, {0.85: 6, 0.0: 4}), StageOptions(), say=lambda text: None)
+    assert any(trial.plan.distillation is not None for trial in result.trials)
+    assert any("was not distilled: its outputs are not finite" in reason for reason in result.reasons)
+
+
+def test_what_training_makes_worse_is_judged_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drop = judge_in(tmp_path / "probe", max_drop=2.0).judge(pruned(4)).drop
+    assert drop is not None
+    monkeypatch.setattr(stage, "PRUNED_RATE", 30.0)
+    judge = judge_in(tmp_path, max_drop=1.1 * drop)
+    result = distill_beyond(judge, found_by(judge, {0.0: 4}), StageOptions(), say=lambda text: None)
+    plain = [trial for trial in result.trials if trial.plan == pruned(4)]
+    assert plain and plain[0].state is TrialState.COMPLETE
+    assert result.reasons[-1].startswith("before it was trained")
 
 
 def test_a_model_that_cannot_be_trained_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
