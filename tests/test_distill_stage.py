@@ -320,6 +320,7 @@ def test_what_was_trained_is_taken_over(tmp_path: Path, monkeypatch: pytest.Monk
 def test_of_an_earlier_session_what_the_options_allow_is_taken_over_in_any_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stage, "STAGE_S", 6.0)
     judge = judge_in(tmp_path, max_drop=0.0)
     distill_beyond(judge, found_by(judge, {0.0: 4}), StageOptions(), say=lambda text: None)
 
@@ -342,6 +343,7 @@ def test_of_an_earlier_session_what_the_options_allow_is_taken_over_in_any_case(
 def test_one_that_cannot_be_trained_does_not_stand_in_the_way_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stage, "STAGE_S", 6.0)
     asked: list[object] = []
 
     def picky(student: ov.Model, *arguments: Any) -> Cost:
@@ -358,6 +360,7 @@ def test_one_that_cannot_be_trained_does_not_stand_in_the_way_of_others(
 
 
 def test_what_training_makes_worse_is_judged_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "STAGE_S", 6.0)
     drop = judge_in(tmp_path / "probe", max_drop=2.0).judge(pruned(4)).drop
     assert drop is not None
     monkeypatch.setattr(stage, "PRUNED_RATE", 30.0)
