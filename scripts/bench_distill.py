@@ -34,7 +34,7 @@ from vinoopt.bench import Contestant, MeasureConfig, measure
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import prepare
 from vinoopt.frontend.normalize import SourceModel
-from vinoopt.records import Device, Event, QuantizationPlan
+from vinoopt.records import Device, Event, Preset, QuantizationPlan
 
 HOST = "host:CPU"
 """The target that is here, whose result is measured beside the others anew."""
@@ -59,7 +59,8 @@ def recover(name: str, options: argparse.Namespace) -> dict[str, Any]:
     learn, test = material(case, source, None)
     metric = case.metric_for(source)
     reference = reference_for(metric, source, test)
-    recipe = QuantizationPlan(preset=options.preset, activation_range=options.ranges)
+    preset = None if options.preset is None else Preset(options.preset)
+    recipe = QuantizationPlan(preset=preset, activation_range=options.ranges)
     student = quantize(source.model, recipe, learn, device=Device.CPU)
     row = {"preset": options.preset, "ranges": options.ranges}
     if recipe != QuantizationPlan():

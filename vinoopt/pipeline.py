@@ -762,7 +762,7 @@ def _why_not_trained(material: Material) -> str:
     from vinoopt.distillation.school import check_can_teach
 
     try:
-        check_can_teach(material.source.model, len(material.splits.calibration))
+        check_can_teach(material.source.model, material.splits.calibration)
     except DistillationError as exc:
         return str(exc)
     return ""

@@ -15,7 +15,7 @@ import torch
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.compression.activations import sized_like
-from vinoopt.distillation.equality import check_batches, check_equality
+from vinoopt.distillation.equality import HALF_TOLERANCE, check_batches, check_equality, departure
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.rules import failing, wide
 from vinoopt.distillation.training import Batch
@@ -79,11 +79,12 @@ class School:
     """Whether outputs that look like class scores are taken for such."""
 
 
-def check_can_teach(teacher: ov.Model, count: int) -> None:
-    """What can be said before any long work: raises the errors of `open_school` that need no run of the model."""
-    _check(teacher, count)
+def check_can_teach(teacher: ov.Model, data: Dataset) -> None:
+    """What can be said before any long work: raises the errors of `open_school` that one input shows."""
+    _check(teacher, len(data))
     with failing("making the teacher's image in PyTorch"):
-        Mirror(teacher.clone(), trains=False)
+        mirror = Mirror(teacher.clone(), trains=False)
+        check_equality(mirror, _Calls(data, _names(teacher, data))[:1])
 
 
 def _check(teacher: ov.Model, count: int) -> None:
@@ -139,14 +140,19 @@ def _placed(mirror: Mirror, call: Batch) -> str:
     where = device()
     if where == "cpu":
         return where
-    try:
-        mirror.place(where)
-        with torch.no_grad():
-            mirror([wide(x) for x in call], mirror.results)
-    except (DistillationError, RuntimeError):  # an operator that it lacks, or whose values lie in two places
-        mirror.place("cpu")
-        return "cpu"
-    return where
+    inputs = [wide(x) for x in call]
+    with torch.no_grad():
+        wanted = mirror(inputs, mirror.results)
+        try:
+            mirror.place(where)
+            found = [value.cpu() for value in mirror(inputs, mirror.results)]
+        except (DistillationError, RuntimeError):  # an operator that it lacks, or whose values lie in two places
+            found = []
+    apart = [departure(own.numpy(), its.numpy()) for own, its in zip(found, wanted, strict=False)]
+    if found and max(apart, default=0.0) <= HALF_TOLERANCE:
+        return where
+    mirror.place("cpu")
+    return "cpu"
 
 
 def _names(model: ov.Model, data: Dataset) -> list[str]:
