@@ -186,10 +186,12 @@ def test_outputs_without_a_batch_axis_cannot_be_labelled_apart() -> None:
 
 def scores_of(metric: Metric, statistics: Any) -> Scores:
     statistics = list(statistics)
+    began = time.perf_counter()
     value = float(metric.value(statistics))
     return Scores(
         statistics=statistics,
         accuracy=Accuracy(metric=metric.name, value=value, samples=len(statistics)),
+        value_s=time.perf_counter() - began,
     )
 
 
