@@ -10,7 +10,7 @@ interleaved rounds; for a CPU that is not here, under its instruction set, what 
 `recover` trains the output of `nncf.quantize`, no block in float, by NNCF's own recipe or another
 (`--preset`, `--ranges`). `curve` keeps half of the channels (`--kept`) inside every residual branch, quantizes, and
 trains, all with so many images. Nothing sees a label before judgement, and judgement is on samples that nothing else
-saw. One JSON line per run goes to the output, which is also printed.
+saw; drops of `recover` and `curve` have their 95% intervals. One JSON line per run goes to the output and is printed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from bench_pruning import outcome, side_by_side
 
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset
+from vinoopt.accuracy.evaluate import paired_drop
 from vinoopt.bench import Contestant, MeasureConfig, measure
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import prepare
 from vinoopt.frontend.normalize import SourceModel
-from vinoopt.records import Device, Event, Preset, QuantizationPlan
+from vinoopt.records import AccuracyBudget, Device, Event, Preset, QuantizationPlan
 
 HOST = "host:CPU"
 """The target that is here, whose result is measured beside the others anew."""
@@ -123,12 +124,16 @@ def _trained(
     )
     models = {"float": (source.model, F32), "before": (student, {}), "after": (result.model, {})}
     reference = reference_for(metric, source, test)
-    values = {title: judged(model, how, test, metric, reference).value for title, (model, how) in models.items()}
+    scores = {title: judged(model, how, test, metric, reference) for title, (model, how) in models.items()}
+    limits = AccuracyBudget(metric=metric.name, max_drop=options.max_drop)
+    whole = scores["float"]
+    drops = {t: paired_drop(metric, whole, scores[t], budget=limits, seed=0) for t in ("before", "after")}
     return {
         "metric": metric.name,
         "learned_from": len(learn),
         "judged_on": len(test),
-        **{title: round(value, 4) for title, value in values.items()},
+        **{title: round(each.value, 4) for title, each in scores.items()},
+        "drops": {title: [round(x, 4) for x in (drop.value, drop.low, drop.high)] for title, drop in drops.items()},
         "divergence": [result.before, result.after],
         "is_better": result.is_better,
         "steps": result.outcome.steps,
