@@ -583,16 +583,19 @@ class _Stage:
             fastest = min(won, key=latency_of)
             ground = "nothing inside the budget" if best is None else best.plan.title
             result = f"{fastest.plan.title}, {fastest.drop_words}{self._before(fastest)} on the search part"
-            if fastest in others:
-                return f"before it was trained ({spent}), a candidate faster than {ground} was found inside: {result}"
             if best is not None and _untrained(fastest.plan) == best.plan:
                 return f"distillation ({spent}) made nothing faster, but may have made the best safer: {result}"
             gain = math.inf if best is None else latency_of(best) / latency_of(fastest)
             if gain <= 1:
                 return f"distillation ({spent}) bought nothing: {result}, but {gain:.2f}x as fast as {ground}"
             bought = "a result" if best is None else f"{gain:.2f}x"
+            if fastest in others:
+                return f"before it was trained ({spent}) one was inside, {bought} on top of {ground}: {result}"
             return f"distillation ({spent}) bought {bought} on top of {ground}: {result}"
         nearest = min((t for t in tried if t.drop is not None), key=lambda t: t.likely_drop or 0.0, default=None)
+        if nearest is None and not self.has_run:
+            took = f"{self._run_s(_LEAST_STEPS) + self._judging_s():.0f} s with its judgement"
+            return f"nothing was distilled: a run of {_LEAST_STEPS} steps takes {took}, and less was left"
         if nearest is None:
             return "distillation: no run came to its end"
         before = self._before(nearest)
