@@ -515,7 +515,7 @@ def test_sequences_of_different_lengths_are_learnt_from_and_masks_are_left_alone
 
 
 def test_open_sizes_do_not_hide_how_much_a_step_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vinoopt.distillation.distiller.STEP_BYTES", 4 << 20)
+    monkeypatch.setattr("vinoopt.distillation.distiller.STEP_BYTES", 2 << 20)
     teacher, student = network(), network(seed=1)
     for model in (teacher, student):
         model.reshape({0: ov.PartialShape([-1, 3, SIDE, SIDE])})

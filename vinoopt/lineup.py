@@ -42,7 +42,7 @@ SAMPLES = 64
 SUBSET_SIZE = 300
 _PRECISION, _HINT = "INFERENCE_PRECISION_HINT", "PERFORMANCE_HINT"
 _FOR_ALL = (_HINT, "NUM_STREAMS", "INFERENCE_NUM_THREADS", "PERFORMANCE_HINT_NUM_REQUESTS")
-"""Properties of a request that all contestants get; the others are the main model's own."""
+"""Properties of a request that all contestants get; the others are for the main model, and bare files beside it."""
 
 
 class LineupRequest(Record):
@@ -355,10 +355,12 @@ def _path_reference(request: LineupRequest, main: _Main, word: str, samples: _Sa
         known = ", ".join(_REFERENCES)
         raise InputError(f'--against "{word}": neither a file or bundle, nor one of {known}')
     path = Path(word)
+    # A bundle keeps the precision that it was judged with; of two bare files both have the one that is asked for.
+    is_bare = path.suffix in (".onnx", ".xml")
     other = LineupRequest(
         model=word,
         device=request.device if path.is_dir() else main.contestant.device,
-        properties=RuntimeProperties.of(_common(request)),
+        properties=request.properties if is_bare else RuntimeProperties.of(_common(request)),
         is_hinted=request.is_hinted,
         preprocess=main.preprocess if path.suffix == ".onnx" else (),
         shape=_shape_for(path, main, samples),

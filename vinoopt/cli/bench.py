@@ -46,7 +46,9 @@ _OPTIONS = (
     click.option("--nireq", "-nireq", type=click.IntRange(1),
                  help="Requests in flight, which a hint plans for."),
     click.option("--nthreads", "-nthreads", type=click.IntRange(1), help="INFERENCE_NUM_THREADS."),
-    click.option("--infer-precision", "-infer_precision", help="INFERENCE_PRECISION_HINT of the model."),
+    click.option(
+        "--infer-precision", "-infer_precision", help="INFERENCE_PRECISION_HINT of the model and of files beside it."
+    ),
     click.option("-t", "--seconds", type=click.FloatRange(min=0.1), default=15.0, show_default=True,
                  help="Time for all rounds."),
     click.option("--start-up/--no-start-up", default=True, show_default=True,
