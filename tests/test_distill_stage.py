@@ -412,6 +412,7 @@ def test_a_run_that_time_cuts_counts_for_what_it_was(tmp_path: Path, monkeypatch
 
 
 def test_candidates_are_not_built_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "STAGE_S", 6.0)
     monkeypatch.setattr(stage, "BUILDING_SHARE", 0.0)
     judge = judge_in(tmp_path, max_drop=0.0)
     plans = tuple(pruned(kept) for kept in (7, 6, 5))
@@ -433,7 +434,8 @@ class LateRuler(Ruler):
         return found.model_copy(update={"latency_p50_ms": late})
 
 
-def test_what_is_no_faster_in_the_end_has_bought_nothing(tmp_path: Path) -> None:
+def test_what_is_no_faster_in_the_end_has_bought_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "STAGE_S", 6.0)
     judge = judge_in(tmp_path, max_drop=9.0)
     judge.yardstick = LateRuler()
     result = distill_beyond(judge, found_by(judge, {0.0: 4}), StageOptions(), say=lambda text: None)
