@@ -76,13 +76,14 @@ class Workshop:
 
     def _distilled(self, plan: CompressionPlan, distillation: DistillationPlan) -> ov.Model:
         """The model before the last run of the plan's distillation, trained by that run."""
+        earlier = serde.replace(distillation, runs=distillation.runs[:-1]) if distillation.runs[:-1] else None
+        before = serde.replace(plan, distillation=earlier)
+
         def make() -> ov.Model:
             if self.distill is None:
                 raise ValueError("this workshop was made without a trainer")
             return self.distill(plan, self.build(before))
 
-        earlier = serde.replace(distillation, runs=distillation.runs[:-1]) if distillation.runs[:-1] else None
-        before = serde.replace(plan, distillation=earlier)
         name = f"distilled-{self.device.value.lower()}-{serde.sha256_record(plan)[:24]}"
         return self._stored(name, make)
 

@@ -106,10 +106,8 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
     share of the teacher's decisions must not fall by more than that. With `run.is_judged_later` none of this is asked
     for. Raises `DistillationError` as `open_school` does.
     """
-    if plan.label_weight and school.labels is None:
-        raise DataError("label_weight is about class numbers; give labels, one whole number per sample")
-    if plan.label_weight and school.labels is not None:
-        _check_labels(student, school)
+    if plan.label_weight:
+        _check_labels(school)
     ports = [(len(model.inputs), len(model.outputs)) for model in (student, school.teacher)]
     if ports[0] != ports[1]:
         raise DistillationError(f"the model has {ports[0]} inputs and outputs, and its teacher {ports[1]}")
@@ -167,12 +165,16 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
     )
 
 
-def _check_labels(student: ov.Model, school: School) -> None:
-    """Raises `DataError` where the labels are no class numbers of the first output."""
+def _check_labels(school: School) -> None:
+    """Raises `DataError` where there are no labels, or they are no class numbers of the first output."""
+    if school.labels is None:
+        raise DataError("label_weight is about class numbers; give labels, one whole number per sample")
     shape = next(iter(school.reference[0].values())).shape
     if not is_classifier_shape(shape):
-        raise DataError(f"labels are learned by class scores, [B, C], and the first output is {list(shape)}")
-    known = torch.cat(list(school.labels or []))
+        raise DataError(
+            f"labels are learned by class scores, [B, C], and the first output is {list(shape)}; leave the labels out"
+        )
+    known = torch.cat(list(school.labels))
     low, high = int(known.min()), int(known.max())
     if low < 0 or high >= shape[1]:
         raise DataError(f"the labels go from {low} to {high}, and the first output has {shape[1]} classes")

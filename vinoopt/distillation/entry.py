@@ -124,8 +124,8 @@ def _model(given: ov.Model | HoldsModel) -> ov.Model:
     model = given.model if isinstance(given, HoldsModel) else given
     if not isinstance(model, ov.Model):
         raise InputError(
-            f"compressed is to be an ov.Model, or what vinoopt.compress returns, and is a {type(model).__name__}; "
-            "read a file with openvino.Core().read_model"
+            f"a model is to be an ov.Model, or what vinoopt.compress returns, and is a {type(model).__name__}; "
+            "read a compressed one's file with openvino.Core().read_model"
         )
     return model
 

@@ -38,17 +38,7 @@ def check_equality(mirror: Mirror, calls: Sequence[Sequence[Any]]) -> None:
     bit can move a value to the next level. Both against the graph computed by OpenVINO in float.
     """
     model = mirror.model
-    computed, stored = (
-        {
-            value.get_element_type().get_type_name()
-            for node in model.get_ops()
-            for value in node.outputs()
-            if (node.get_type_name() == "Constant") is is_constant
-        }
-        for is_constant in (False, True)
-    )
-    halves = {"f16", "bf16"}
-    tolerance = HALF_TOLERANCE if computed & halves else STORED_TOLERANCE if stored & halves else FLOAT_TOLERANCE
+    tolerance = _tolerance(model)
     is_quantized = any(node.get_type_name() == "FakeQuantize" for node in model.get_ops())
     mirror.rounds = False
     try:
@@ -68,6 +58,19 @@ def check_equality(mirror: Mirror, calls: Sequence[Sequence[Any]]) -> None:
                 "other ranges"
             )
         _compare(mirror, exact, calls, max(ROUNDED_TOLERANCE, 2 * apart))
+
+
+def _tolerance(model: ov.Model) -> float:
+    """By what holds values in 16 bits: operators, constants alone, or nothing."""
+    in_halves = {
+        node.get_type_name()
+        for node in model.get_ops()
+        for value in node.outputs()
+        if value.get_element_type().get_type_name() in ("f16", "bf16")
+    }
+    if in_halves - {"Constant"}:
+        return HALF_TOLERANCE
+    return STORED_TOLERANCE if in_halves else FLOAT_TOLERANCE
 
 
 def check_batches(mirror: Mirror, calls: Sequence[Sequence[Any]]) -> bool:

@@ -300,7 +300,7 @@ class _Stage:
         return self._timed(plans, fastest.trial)
 
     def _rounds(self, runners: list[Runner]) -> list[Runner]:
-        """Rounds of ever fewer and longer runs, until a faster one is inside, or time or candidates are used up.
+        """Rounds of ever fewer and longer runs, until a faster one is inside or safe, or all is used up.
 
         What is left to train where a faster one is; nothing otherwise. What became of all of them is in `runners`.
         The first round is short, and for those that had none yet.
