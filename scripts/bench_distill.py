@@ -8,7 +8,8 @@
 `search` compiles with effort `distill` and measures the float model, plain `nncf.quantize` and the result in
 interleaved rounds; for a CPU that is not here, under its instruction set, what the bundle says of both is told.
 `recover` trains the output of `nncf.quantize`, no block in float, by NNCF's own recipe or another
-(`--preset`, `--ranges`). `curve` keeps half of the channels (`--kept`) inside every residual branch, quantizes, and
+(`--preset`, `--ranges`); with `--both` twice, from either half of the data, so that every sample is judged by the
+model that has not seen it. `curve` keeps half of the channels (`--kept`) inside every residual branch, quantizes, and
 trains, all with so many images. Nothing sees a label before judgement, and judgement is on samples that nothing else
 saw; drops of `recover` and `curve` have their 95% intervals. One JSON line per run goes to the output and is printed.
 """
@@ -20,6 +21,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from bench_pruning import outcome, side_by_side
 
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset
-from vinoopt.accuracy.evaluate import paired_drop
+from vinoopt.accuracy.evaluate import Scores, paired_drop
 from vinoopt.bench import Contestant, MeasureConfig, measure
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import prepare
@@ -41,40 +43,46 @@ HOST = "host:CPU"
 """The target that is here, whose result is measured beside the others anew."""
 
 
-def material(case: Case, source: SourceModel, images: int | None) -> tuple[Dataset, Dataset]:
-    """Inputs to calibrate and learn from, and the test part with its labels."""
+def lessons(
+    case: Case, source: SourceModel, *, images: int | None = None, both: bool = False
+) -> list[tuple[Dataset, Dataset]]:
+    """Inputs to calibrate and learn from, and the test part with its labels; with `both` also the other way round."""
     parts = case.load(source)
     learn = parts.search if parts.calibration is None else parts.calibration
     if case.model.name.startswith("cifar"):
         learn = _unlabelled()
-    return (
-        whole_calls(learn[:images], None, source, 1),
-        whole_calls(parts.test, parts.test_labels, source, 1),
-    )
+    halves = [(learn[:images], parts.test, parts.test_labels)]
+    if both:
+        halves.append((parts.test, parts.search, parts.search_labels))
+    return [
+        (whole_calls(own, None, source, 1), whole_calls(test, labels, source, 1)) for own, test, labels in halves
+    ]
 
 
 def recover(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """INT8 throughout before and after distillation, beside the float model; by the recipe that is asked for."""
     case = cases()[name]
     source = case.source(1)
-    learn, test = material(case, source, None)
-    metric = case.metric_for(source)
-    reference = reference_for(metric, source, test)
     preset = None if options.preset is None else Preset(options.preset)
     recipe = QuantizationPlan(preset=preset, activation_range=options.ranges)
-    student = quantize(source.model, recipe, learn, device=Device.CPU)
-    row = {"preset": options.preset, "ranges": options.ranges}
-    if recipe != QuantizationPlan():
-        plain = quantize(source.model, QuantizationPlan(), learn, device=Device.CPU)
-        row["plain"] = round(judged(plain, {}, test, metric, reference).value, 4)
-    return {**row, **_trained(case, source, student, learn, test, options)}
+    plain: list[tuple[ov.Model, Dataset]] = []
+
+    def student(learn: Dataset, test: Dataset) -> ov.Model:
+        if recipe != QuantizationPlan():
+            plain.append((quantize(source.model, QuantizationPlan(), learn, device=Device.CPU), test))
+        return quantize(source.model, recipe, learn, device=Device.CPU)
+
+    row = _trained(case, source, student, lessons(case, source, both=options.both), options)
+    if plain:
+        row["plain"] = round(_standing(case, source, plain).value, 4)
+    return {"preset": options.preset, "ranges": options.ranges, **row}
 
 
 def curve(name: str, images: int, options: argparse.Namespace) -> dict[str, Any]:
     """A pruned INT8 model that knows so many images, before and after distillation on them."""
     case = cases()[name]
     source = case.source(1)
-    learn, test = material(case, source, images)
+    ((learn, test),) = lessons(case, source, images=images)
     kit = prepare(source.model, learn, ignored=(), seed=0, say=lambda text: None)
     if kit is None:
         raise SystemExit(f"{name} has no channels to remove")
@@ -85,8 +93,8 @@ def curve(name: str, images: int, options: argparse.Namespace) -> dict[str, Any]
     )
     plain = quantize(source.model, QuantizationPlan(), learn, device=Device.CPU)
     speeds = {f"over_int8 at batch {n}": _speed(plain, student, test, n, options.seconds) for n in (1, 8)}
-    top1 = judged(plain, {}, test, case.metric_for(source)).value
-    row = _trained(case, source, student, learn, test, options)
+    top1 = _standing(case, source, [(plain, test)]).value
+    row = _trained(case, source, lambda learn, test: student, [(learn, test)], options)
     return {"images": images, "kept": options.kept, "plain": round(top1, 4), **speeds, **row}
 
 
@@ -106,40 +114,70 @@ def _speed(plain: ov.Model, student: ov.Model, test: Dataset, batch: int, second
 
 
 def _trained(
-    case: Case, source: SourceModel, student: ov.Model, learn: Dataset, test: Dataset, options: argparse.Namespace
+    case: Case,
+    source: SourceModel,
+    student: Callable[[Dataset, Dataset], ov.Model],
+    halves: Sequence[tuple[Dataset, Dataset]],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    metric = case.metric_for(source)
+    """The student of each half's inputs before and after distillation on them, judged on all test parts together."""
     started = time.monotonic()
-    result = vinoopt.distill(
-        student,
-        teacher=source.model,
-        data=learn,
-        steps=options.steps,
-        batch=options.batch,
-        peak_rate=options.rate,
-        inner_weight=options.inner,
-        threads=options.threads,
-        time_limit_s=60.0 * options.minutes,
-        on_event=_say,
-    )
-    models = {"float": (source.model, F32), "before": (student, {}), "after": (result.model, {})}
-    reference = reference_for(metric, source, test)
-    scores = {title: judged(model, how, test, metric, reference) for title, (model, how) in models.items()}
+    results, models = [], {"before": [], "after": []}
+    for learn, test in halves:
+        given = student(learn, test)
+        result = vinoopt.distill(
+            given,
+            teacher=source.model,
+            data=learn,
+            steps=options.steps,
+            batch=options.batch,
+            peak_rate=options.rate,
+            inner_weight=options.inner,
+            threads=options.threads,
+            time_limit_s=60.0 * options.minutes,
+            on_event=_say,
+        )
+        results.append(result)
+        models["before"].append((given, test))
+        models["after"].append((result.model, test))
+    seconds = round(time.monotonic() - started)
+    metric = case.metric_for(source)
+    whole = _standing(case, source, [(source.model, test) for _, test in halves], F32)
+    scores = {"float": whole, **{title: _standing(case, source, each) for title, each in models.items()}}
     limits = AccuracyBudget(metric=metric.name, max_drop=options.max_drop)
-    whole = scores["float"]
     drops = {t: paired_drop(metric, whole, scores[t], budget=limits, seed=0) for t in ("before", "after")}
     return {
         "metric": metric.name,
-        "learned_from": len(learn),
-        "judged_on": len(test),
+        "learned_from": [len(learn) for learn, _ in halves],
+        "judged_on": len(whole.statistics),
         **{title: round(each.value, 4) for title, each in scores.items()},
         "drops": {title: [round(x, 4) for x in (drop.value, drop.low, drop.high)] for title, drop in drops.items()},
-        "divergence": [result.before, result.after],
-        "is_better": result.is_better,
-        "steps": result.outcome.steps,
-        "seconds": round(time.monotonic() - started),
-        "reason": result.reason,
+        "divergence": [[result.before, result.after] for result in results],
+        "is_better": [result.is_better for result in results],
+        "steps": [result.outcome.steps for result in results],
+        "seconds": seconds,
+        "reason": [result.reason for result in results],
     }
+
+
+def _standing(
+    case: Case,
+    source: SourceModel,
+    models: Sequence[tuple[ov.Model, Dataset]],
+    properties: Mapping[str, str] | None = None,
+) -> Scores:
+    """The metric over several parts, each as its own model answers it."""
+    metric = case.metric_for(source)
+    parts = [
+        judged(model, properties or {}, test, metric, reference_for(metric, source, test)) for model, test in models
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    statistics = [each for part in parts for each in part.statistics]
+    accuracy = parts[0].accuracy.model_copy(
+        update={"value": float(metric.value(statistics)), "samples": len(statistics)}
+    )
+    return Scores(statistics=statistics, accuracy=accuracy)
 
 
 def search(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -189,13 +227,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--max-drop", type=float, default=0.01)
     parser.add_argument("--effort", default="distill")
     parser.add_argument("--target", default=HOST, help="of `search`: this CPU, or one of another profile")
-    parser.add_argument("--minutes", type=float, default=28.0, help="time limit of each run")
+    parser.add_argument("--minutes", type=float, default=28.0, help="time limit of each run; `--both` has two")
     parser.add_argument("--seconds", type=float, default=4.0, help="of measurement per contestant of `search`")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, help="samples per step; by default what suits the inputs")
     parser.add_argument("--rate", type=float, help="peak rate; by default what suits the model")
     parser.add_argument("--preset", choices=("performance", "mixed"), help="of the INT8 model of `recover`")
     parser.add_argument("--ranges", choices=("minmax", "histogram"), help="of its activations")
+    parser.add_argument("--both", action="store_true", help="of `recover`: learn from each half, judge on the other")
     parser.add_argument("--inner", type=float, default=1.0)
     parser.add_argument("--threads", type=int, help="of PyTorch; fewer where the machine is shared")
     parser.add_argument("--output", type=Path, default=Path("distill.jsonl"))

@@ -423,6 +423,48 @@ def test_a_divergence_before_and_behind_the_sigmoid_is_the_same() -> None:
     assert float(before(own, its)) == pytest.approx(float(behind(own.sigmoid(), its.sigmoid())), rel=1e-4)
 
 
+DETECTORS = ("objectness", "classes alone", "rows last", "coefficients behind")
+"""How detectors write their rows."""
+
+
+def detections(kind: str) -> tuple[Any, Any]:
+    """What a detector says of 4 images, [4, 200, 4 + ...] or rows last, and where it sees something: 10 of 200 rows."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = 50 * torch.rand((4, 200, 4), generator=generator)
+    is_object = (torch.arange(200) % 20 == 7)[:, None]
+    classes = torch.rand((4, 200, 6), generator=generator)
+    objectness = torch.where(is_object, 0.8, 1e-3).expand(4, 200, 1)
+    parts = [boxes, objectness, classes] if kind == "objectness" else [boxes, classes * objectness]
+    if kind == "coefficients behind":
+        parts.append(torch.randn((4, 200, 3), generator=generator))
+    rows = torch.cat(parts, -1)
+    return (rows.transpose(1, 2), is_object.T) if kind == "rows last" else (rows, is_object)
+
+
+@pytest.mark.parametrize("kind", DETECTORS)
+def test_of_a_detector_counts_what_it_sees(kind: str) -> None:
+    rows, is_object = detections(kind)
+    loss = output_loss(rows)
+    assert float(loss(rows, rows)) == pytest.approx(0, abs=1e-6)
+    columns = rows.shape[1 if kind == "rows last" else 2]
+    for column in range(columns):
+        shift = torch.zeros_like(rows)
+        shift.select(1 if kind == "rows last" else 2, column).fill_(-0.2)
+        disturbed = rows * (1 + shift)
+        seen, unseen = (float(loss(torch.where(where, disturbed, rows), rows)) for where in (is_object, ~is_object))
+        assert seen > 1e-4, column
+        assert seen > 10 * unseen, column
+
+
+def test_rows_that_are_no_detector_s_count_alike() -> None:
+    rows, is_object = detections("objectness")
+    for others in (rows / 50, rows[..., :4], 50 * rows, rows.unsqueeze(1)):
+        loss = output_loss(others)
+        shifted = others + 0.1 * others.std()
+        seen, unseen = (float(loss(torch.where(where, shifted, others), others)) for where in (is_object, ~is_object))
+        assert unseen == pytest.approx(19 * seen, rel=1e-3)
+
+
 @pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])
 def test_what_is_no_class_score_may_not_be_shifted(scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -460,6 +502,20 @@ def test_a_nearer_model_is_doubted_only_where_it_lost_more_decisions_than_chance
 )
 def test_short_runs_and_later_ones_go_more_slowly(runs: tuple[int, ...], rate: float) -> None:
     assert last_rate(DistillationPlan(runs=runs, peak_rate=0.01)) == pytest.approx(rate)
+
+
+def test_ranges_are_fitted_where_weights_hardly_move() -> None:
+    def ends(model: ov.Model) -> np.ndarray[Any, Any]:
+        quantizers = [n for n in model.get_ordered_ops() if n.get_type_name() == "FakeQuantize"]
+        found = [n.input_value(2).get_node().get_data() for n in quantizers]
+        return np.array([value.item() for value in found if value.size == 1])
+
+    teacher, student = network(), quantize(network(), QuantizationPlan(subset_size=32), data(), device=Device.CPU)
+    plan = DistillationPlan(runs=(40,), batch=16, peak_rate=1e-6)
+    given = train(student, open_school(teacher, data(), seed=0), plan, Run(threads=1, is_judged_later=True))
+    moved = np.abs(np.log(ends(given.model) / ends(student)))
+    assert len(moved) > 2
+    assert moved.max() > 2e-3
 
 
 def test_what_others_judge_later_comes_out_trained() -> None:

@@ -9,7 +9,7 @@ from vinoopt.compression.activations import in_order, sized_like
 from vinoopt.cost_model import layer_costs
 from vinoopt.errors import ExtraMissing, ShapeError
 
-PRUNED_RATE, ROUNDED_RATE = 0.01, 3e-4
+PRUNED_RATE, ROUNDED_RATE = 0.01, 1e-4
 """Peak rates: weights that make up for removed channels have a way to go; those that were only rounded are near."""
 _FEW, _MANY = 16, 64
 """Samples of one step."""
