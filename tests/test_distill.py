@@ -428,7 +428,7 @@ DETECTORS = ("objectness", "classes alone", "rows last", "coefficients behind")
 
 
 def detections(kind: str) -> tuple[Any, Any]:
-    """What a detector says of 4 images, [4, 200, 4 + ...] or rows last, and where it sees something: 10 of 200 rows."""
+    """What a detector says of 4 images, [4, 200, 4 + ...] or rows last, and its objects: 10 of 200 rows."""
     generator = torch.Generator().manual_seed(0)
     boxes = 50 * torch.rand((4, 200, 4), generator=generator)
     is_object = (torch.arange(200) % 20 == 7)[:, None]
@@ -488,6 +488,16 @@ def test_a_nearer_model_is_doubted_only_where_it_lost_more_decisions_than_chance
     doubt = Standing(distances=0.7 * distances, agreements=after).doubt_over(before)
     assert ("fewer decisions" in doubt) == is_doubted
     assert Standing(distances=distances, agreements=after).doubt_over(before)  # not nearer
+
+
+@pytest.mark.parametrize(("far_away", "is_doubted"), [(2.1, False), (2.3, True), (1.0, False)])
+def test_one_input_far_away_does_not_hide_that_the_others_came_nearer(far_away: float, is_doubted: bool) -> None:
+    distances = np.random.default_rng(0).uniform(0.02, 0.04, 16)
+    before, after = np.append(distances, 2.0), np.append(0.6 * distances, far_away)
+    doubt = Standing(distances=after, agreements=None).doubt_over(Standing(distances=before, agreements=None))
+    assert bool(doubt) == is_doubted
+    mixed = np.append(distances * np.where(np.arange(16) % 2, 0.6, 1.6), 2.0)
+    assert Standing(distances=mixed, agreements=None).doubt_over(Standing(distances=before, agreements=None))
 
 
 @pytest.mark.parametrize(

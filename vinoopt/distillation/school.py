@@ -22,8 +22,11 @@ from vinoopt.distillation.training import Batch
 from vinoopt.errors import DistillationError
 
 HELD_SHARE, MOST_HELD = 0.1, 384
-"""Of the inputs, to be looked at only: a share, and at most so many calls. One half chooses the best state, the other
+"""Of the inputs, to be looked at only: a share, and at most so many calls. One part chooses the best state, the other
 judges it, since what was chosen from looks better than it is."""
+_ENOUGH = 64
+"""Calls looked at from which on one half of them judges; of fewer two thirds do: the last states of a run are alike,
+and whether any is better than the first must be told."""
 LEAST_HELD, MOST_SHARE = 32, 0.25
 """So many calls are looked at where that is no more than this share: with fewer the best state is found by chance."""
 LEAST_INPUTS = 16
@@ -107,7 +110,8 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int, are_scores: bool
     names = _names(teacher, data)
     order = np.random.default_rng(seed).permutation(len(data))
     count = _held_count(sized_like(teacher, _Calls(data, names)[0]), data)
-    held, judged = data.subset(order[: count // 2]), data.subset(order[count // 2 : count])
+    choosing = count // 2 if count >= _ENOUGH else max(count // 3, 2)
+    held, judged = data.subset(order[:choosing]), data.subset(order[choosing:count])
     learn = data.subset(order[count:]).held(INPUT_BYTES)
     inputs, held_calls = _Calls(learn, names), _Calls(held, names)
     with failing("making the teacher's image in PyTorch"):

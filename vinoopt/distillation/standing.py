@@ -16,6 +16,9 @@ from vinoopt.distillation.losses import Loss, OutputLoss, output_loss, stacked
 from vinoopt.distillation.rules import failing
 from vinoopt.distillation.school import School
 
+_LEAST_DISTANCE, _TINY = 0.01, 1e-12
+"""Of the mean: distances below this count as none where they are compared by their logarithms."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Standing:
@@ -37,10 +40,18 @@ class Standing:
         return None if self.agreements is None else float(self.agreements.mean())
 
     def doubt_over(self, before: Standing) -> str:
-        """Why this is not surely nearer than `before`; empty where it is."""
+        """Why this is not surely nearer than `before`; empty where it is.
+
+        It is where the mean distance fell by more than its standard error; or where it fell at all, and that of the
+        usual input did for certain, by the mean of logarithms: of a few inputs, one that is far away may hold most of
+        the mean, and most of its error.
+        """
         gain, error = _mean_and_error(before.distances - self.distances)
         if not gain > error:
-            return f"that is no more than chance (standard error {error:.2g})"
+            least = _LEAST_DISTANCE * before.distance + _TINY
+            usual_gain, its_error = _mean_and_error(np.log((before.distances + least) / (self.distances + least)))
+            if gain < 0 or not usual_gain > its_error:
+                return f"that is no more than chance (standard error {error:.2g})"
         if self.agreements is None or before.agreements is None:
             return ""
         loss, error = _mean_and_error(before.agreements - self.agreements)
