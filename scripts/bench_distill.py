@@ -122,7 +122,8 @@ def _trained(
 ) -> dict[str, Any]:
     """The student of each half's inputs before and after distillation on them, judged on all test parts together."""
     started = time.monotonic()
-    results, models = [], {"before": [], "after": []}
+    results = []
+    models: dict[str, list[tuple[ov.Model, Dataset]]] = {"before": [], "after": []}
     for learn, test in halves:
         given = student(learn, test)
         result = vinoopt.distill(

@@ -64,8 +64,8 @@ class Distilled:
     """Divergence from the teacher on held-back inputs that training never saw, as OpenVINO computes both."""
     after: float
     is_better: bool
-    """False: the model is the one that was handed in, since training did not make it better, or not for certain. Where
-    others judge what comes out (`Run.is_judged_later`) it is not asked, and always True."""
+    """False: the model is the one that was handed in, since training did not make it better, or not for certain.
+    Where others judge what comes out (`Run.is_judged_later`) it is not asked, and always True."""
     reason: str
     outcome: Outcome
 
@@ -103,8 +103,8 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
 
     Never further from the teacher than it was: what counts is the divergence of the outputs on held-back inputs that
     had no part in training, computed by OpenVINO as deployed. It must fall for certain (`Standing.doubt_over`), and
-    the share of the teacher's decisions must not fall by more than one standard error. With `run.is_judged_later` none
-    of this is asked for. Raises `DistillationError` as `open_school` does.
+    the share of the teacher's decisions must not fall by more than one standard error. With `run.is_judged_later`
+    none of this is asked for. Raises `DistillationError` as `open_school` does.
     """
     if plan.label_weight:
         _check_labels(school)
