@@ -8,10 +8,11 @@
 `search` compiles with effort `distill` and measures the float model, plain `nncf.quantize` and the result in
 interleaved rounds; for a CPU that is not here, under its instruction set, what the bundle says of both is told.
 `recover` trains the output of `nncf.quantize`, no block in float, by NNCF's own recipe or another
-(`--preset`, `--ranges`); with `--both` twice, from either half of the data, so that every sample is judged by the
-model that has not seen it. `curve` keeps half of the channels (`--kept`) inside every residual branch, quantizes, and
-trains, all with so many images. Nothing sees a label before judgement, and judgement is on samples that nothing else
-saw; drops of `recover` and `curve` have their 95% intervals. One JSON line per run goes to the output and is printed.
+(`--preset`, `--ranges`); with `--both` a second time, from the test part and judged on the search part, so that every
+sample is judged by a model that has not seen it. `curve` keeps half of the channels (`--kept`) inside every residual
+branch, quantizes, and trains, all with so many images. Nothing sees a label before judgement, and judgement is on
+samples that nothing else saw; drops of `recover` and `curve` have their 95% intervals. One JSON line per run goes to
+the output and is printed.
 """
 
 from __future__ import annotations
@@ -121,11 +122,11 @@ def _trained(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """The student of each half's inputs before and after distillation on them, judged on all test parts together."""
-    started = time.monotonic()
-    results = []
+    results, seconds = [], 0.0
     models: dict[str, list[tuple[ov.Model, Dataset]]] = {"before": [], "after": []}
     for learn, test in halves:
         given = student(learn, test)
+        started = time.monotonic()
         result = vinoopt.distill(
             given,
             teacher=source.model,
@@ -138,10 +139,10 @@ def _trained(
             time_limit_s=60.0 * options.minutes,
             on_event=_say,
         )
+        seconds += time.monotonic() - started
         results.append(result)
         models["before"].append((given, test))
         models["after"].append((result.model, test))
-    seconds = round(time.monotonic() - started)
     metric = case.metric_for(source)
     whole = _standing(case, source, [(source.model, test) for _, test in halves], F32)
     scores = {"float": whole, **{title: _standing(case, source, each) for title, each in models.items()}}
@@ -156,7 +157,7 @@ def _trained(
         "divergence": [[result.before, result.after] for result in results],
         "is_better": [result.is_better for result in results],
         "steps": [result.outcome.steps for result in results],
-        "seconds": seconds,
+        "seconds": round(seconds),
         "reason": [result.reason for result in results],
     }
 
@@ -239,7 +240,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--inner", type=float, default=1.0)
     parser.add_argument("--threads", type=int, help="of PyTorch; fewer where the machine is shared")
     parser.add_argument("--output", type=Path, default=Path("distill.jsonl"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.both and options.kind != "recover":
+        parser.error("--both is of recover")
+    return options
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from vinoopt.accuracy.datasets import Dataset, from_arrays  # noqa: E402
 from vinoopt.compression.quantize import quantize  # noqa: E402
 from vinoopt.distillation.augment import find_augment, image_axes  # noqa: E402
 from vinoopt.distillation.distiller import Distilled, Run, last_rate, train  # noqa: E402
+from vinoopt.distillation.layouts import find_detector  # noqa: E402
 from vinoopt.distillation.losses import output_loss  # noqa: E402
 from vinoopt.distillation.quantizers import Grid, fake_quantize  # noqa: E402
 from vinoopt.distillation.school import open_school  # noqa: E402
@@ -432,37 +433,63 @@ def detections(kind: str) -> tuple[Any, Any]:
     generator = torch.Generator().manual_seed(0)
     boxes = 50 * torch.rand((4, 200, 4), generator=generator)
     is_object = (torch.arange(200) % 20 == 7)[:, None]
-    classes = torch.rand((4, 200, 6), generator=generator)
+    classes = torch.nn.functional.one_hot(torch.randint(6, (4, 200), generator=generator), 6) * 0.9
     objectness = torch.where(is_object, 0.8, 1e-3).expand(4, 200, 1)
     parts = [boxes, objectness, classes] if kind == "objectness" else [boxes, classes * objectness]
     if kind == "coefficients behind":
-        parts.append(torch.randn((4, 200, 3), generator=generator))
+        parts += [torch.randn((4, 200, 3), generator=generator), torch.full((4, 200, 1), 7.0)]
     rows = torch.cat(parts, -1)
     return (rows.transpose(1, 2), is_object.T) if kind == "rows last" else (rows, is_object)
+
+
+def layout_of(rows: Any, *, ending: Any = op.sigmoid) -> Any:
+    """What the rows are taken for where `ending` makes the scores among them."""
+    boxes, scores = op.parameter([4, 200, 4], np.float32), op.parameter([4, 200, 6], np.float32)
+    result = op.result(op.transpose(op.concat([boxes, ending(scores)], 2), [0, 2, 1]))
+    return find_detector(result, rows)
 
 
 @pytest.mark.parametrize("kind", DETECTORS)
 def test_of_a_detector_counts_what_it_sees(kind: str) -> None:
     rows, is_object = detections(kind)
-    loss = output_loss(rows)
+    layout = layout_of(rows)
+    assert layout is not None and layout.has_objectness == (kind == "objectness")
+    loss = output_loss(rows, detector=layout)
     assert float(loss(rows, rows)) == pytest.approx(0, abs=1e-6)
-    columns = rows.shape[1 if kind == "rows last" else 2]
-    for column in range(columns):
-        shift = torch.zeros_like(rows)
-        shift.select(1 if kind == "rows last" else 2, column).fill_(-0.2)
-        disturbed = rows * (1 + shift)
+    axis = 1 if kind == "rows last" else 2
+    for column in range(rows.shape[axis]):
+        disturbed = rows.clone()
+        disturbed.select(axis, column).mul_(0.8)
         seen, unseen = (float(loss(torch.where(where, disturbed, rows), rows)) for where in (is_object, ~is_object))
-        assert seen > 1e-4, column
-        assert seen > 10 * unseen, column
+        if kind == "coefficients behind" and column == rows.shape[axis] - 1:
+            assert seen == unseen == 0, "the same everywhere"
+        else:
+            assert seen > 1e-4, column
+            assert seen > 10 * unseen, column
+
+
+def test_a_detector_s_loss_has_slopes_at_every_score() -> None:
+    rows, _ = detections("objectness")
+    loss = output_loss(rows, detector=layout_of(rows))
+    own = rows.clone()
+    own[..., 4:][torch.rand(own[..., 4:].shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0.0
+    own[:, :20, 4:] = 1.0
+    own.requires_grad_(True)
+    loss(own, rows).backward()
+    assert bool(torch.isfinite(own.grad).all()) and float(own.grad.abs().max()) < 1e3
+    halved = output_loss(rows.half(), detector=layout_of(rows))
+    assert math.isfinite(float(halved(100 * rows.half(), rows.half())))
 
 
 def test_rows_that_are_no_detector_s_count_alike() -> None:
     rows, is_object = detections("objectness")
-    for others in (rows / 50, rows[..., :4], 50 * rows, rows.unsqueeze(1)):
-        loss = output_loss(others)
-        shifted = others + 0.1 * others.std()
-        seen, unseen = (float(loss(torch.where(where, shifted, others), others)) for where in (is_object, ~is_object))
-        assert unseen == pytest.approx(19 * seen, rel=1e-3)
+    for others in (rows / 50, rows[..., :4], 50 * rows, rows.unsqueeze(1), rows[:, :0]):
+        assert layout_of(others) is None
+    assert layout_of(rows, ending=op.relu) is None
+    loss = output_loss(rows)
+    shifted = rows + 0.1 * rows.std()
+    seen, unseen = (float(loss(torch.where(where, shifted, rows), rows)) for where in (is_object, ~is_object))
+    assert unseen == pytest.approx(19 * seen, rel=1e-3)
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])
@@ -496,7 +523,8 @@ def test_one_input_far_away_does_not_hide_that_the_others_came_nearer(far_away: 
     before, after = np.append(distances, 2.0), np.append(0.6 * distances, far_away)
     doubt = Standing(distances=after, agreements=None).doubt_over(Standing(distances=before, agreements=None))
     assert bool(doubt) == is_doubted
-    mixed = np.append(distances * np.where(np.arange(16) % 2, 0.6, 1.6), 2.0)
+    mixed = np.append(distances * np.where(np.arange(16) % 2, 0.6, 1.6), 1.9)
+    assert mixed.mean() < before.mean()
     assert Standing(distances=mixed, agreements=None).doubt_over(Standing(distances=before, agreements=None))
 
 

@@ -48,6 +48,9 @@ _WHOLE_STEPS, _LEAST_SHARE = 600, 0.25
 """A shorter run goes more slowly, with the root of its length, down to that of this share: what a high rate stirs up
 needs time to settle (a CIFAR ResNet-20 that lost a quarter of its inner channels ended nearer after 150 steps with
 0.003 than with 0.01, and after 600 with 0.01)."""
+_RANGE_RATE, _LEAST_RANGE_RATE = 0.1, 4e-4
+"""Peak rate of ranges, whose factors are logarithms, per relative rate of weights, and what it is at least: weights
+that were only rounded have hardly to move, their scales and the ranges that calibration chose have."""
 _LATER_RATE = 0.5
 """For every earlier run, whose end the next one must not undo."""
 Say = Callable[[str, int, int], None]
@@ -64,7 +67,7 @@ class Distilled:
     """Divergence from the teacher on held-back inputs that training never saw, as OpenVINO computes both."""
     after: float
     is_better: bool
-    """False: the model is the one that was handed in, since training did not make it better, or not for certain.
+    """False: the model is the one that was handed in, since training did not make it better by more than chance.
     Where others judge what comes out (`Run.is_judged_later`) it is not asked, and always True."""
     reason: str
     outcome: Outcome
@@ -102,9 +105,9 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
     """`student` after the last run of `plan`, trained towards the school's teacher.
 
     Never further from the teacher than it was: what counts is the divergence of the outputs on held-back inputs that
-    had no part in training, computed by OpenVINO as deployed. It must fall for certain (`Standing.doubt_over`), and
-    the share of the teacher's decisions must not fall by more than one standard error. With `run.is_judged_later`
-    none of this is asked for. Raises `DistillationError` as `open_school` does.
+    had no part in training, computed by OpenVINO as deployed. It must fall by more than chance, that is, by
+    one standard error (`Standing.doubt_over`), and the share of the teacher's decisions must not fall by as much.
+    With `run.is_judged_later` none of this is asked for. Raises `DistillationError` as `open_school` does.
     """
     if plan.label_weight:
         _check_labels(school)
@@ -117,7 +120,8 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
         check_equality(mirror, school.inputs[:CHECKED])
         material = _material(mirror, school, plan, run)
     mirror.place(school.device)
-    departure = Departure(school)
+    with failing("reading the float model's outputs"):
+        departure = Departure(school)
     began = time.monotonic()
     before = departure.of(student)
     judging_s = 0.0 if run.is_judged_later else time.monotonic() - began
@@ -130,6 +134,7 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
             steps=plan.runs[-1],
             batch=plan.batch,
             peak_rate=last_rate(plan),
+            range_rate=max(_RANGE_RATE * plan.peak_rate, _LEAST_RANGE_RATE) * last_rate(plan) / plan.peak_rate,
             inner_weight=plan.inner_weight,
             seed=plan.seed + len(plan.runs) - 1,
             threads=run.threads,
@@ -233,8 +238,17 @@ def _material(student: Mirror, school: School, plan: DistillationPlan, run: Run)
         teacher_keys=[teacher_keys[n] for n in matched],
         loss=Loss(
             outputs=[
-                output_loss(values, open_axes=axes, is_finished=not ending, are_scores=school.are_scores, **ending)
-                for (values, axes), (_, _, ending) in zip(examples[:count], pairs, strict=True)
+                output_loss(
+                    values,
+                    open_axes=axes,
+                    is_finished=not ending,
+                    are_scores=school.are_scores,
+                    detector=detector,
+                    **ending,
+                )
+                for (values, axes), (_, _, ending), detector in zip(
+                    examples[:count], pairs, school.detectors, strict=True
+                )
             ],
             inner=[relative_error(examples[n][0], open_axes=examples[n][1]) for n in matched[count:]],
         ),

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812 - its customary name
 
 from vinoopt.compression.sensitivity import is_classifier_shape
+from vinoopt.distillation.layouts import BOX, Detector, channel_axis
 
 Measure: TypeAlias = Callable[[Any, Any], Any]
 """Student's and teacher's values of one output to a number."""
@@ -21,11 +22,8 @@ _QUIET = 0.1
 _ERROR_SHARE = 0.1
 """Of the relative error beside the divergence of scores that no softmax follows: what their softmax does not see,
 as a shift of all, may be seen by whoever reads them."""
-_BOX = 4
-"""Columns of a box, which come before a detector's scores."""
-_GATED = 0.1
-"""Highest class score, on average, where the column before them says that there is no object: from there on classes
-mean something only together with it."""
+_LEAST_CHANCE = 1e-3
+"""Scores of a detector that count as none; nobody looks at boxes with less."""
 _SURE = 0.9
 """Of the entropy of a mere guess: values whose softmax has more on average are no class scores."""
 
@@ -52,6 +50,7 @@ def output_loss(
     is_finished: bool = True,
     open_axes: frozenset[int] = frozenset(),
     are_scores: bool = True,
+    detector: Detector | None = None,
 ) -> OutputLoss:
     """The loss of an output, from the teacher's values on some inputs.
 
@@ -59,9 +58,9 @@ def output_loss(
     the values are those after it. Behind a softmax, and for class scores ([B, C], or that with trailing ones) that
     read as such: KL divergence of the softmax from the teacher's (Hinton et al. 2015, arXiv 1503.02531, at
     temperature 1). Behind a sigmoid: that of every yes or no. A softmax along `class_axis` of maps or sequences has
-    the divergence of every place. Boxes with scores: see `detector_loss`. Anything else, as what is regressed or
-    embedded: squared error over the teacher's variance, per channel. With `are_scores` false no output is taken for
-    class scores by its values alone. Sizes along `open_axes` differ from call to call. What is not finite in the
+    the divergence of every place. The rows of a `detector`: see `detector_loss`. Anything else, as what is regressed
+    or embedded: squared error over the teacher's variance, per channel. With `are_scores` false no output is taken
+    for class scores by its values alone. Sizes along `open_axes` differ from call to call. What is not finite in the
     teacher, as the score of a class that is ruled out, counts nothing, and neither do whole numbers, which have no
     gradient.
     """
@@ -76,6 +75,7 @@ def output_loss(
             is_finished=is_finished,
             open_axes=open_axes,
             are_scores=are_scores,
+            detector=detector,
         )
         return replace(loss, distance=_where_finite(loss.distance))
     if ending == "Sigmoid" and is_row_shape(examples.shape):
@@ -84,7 +84,7 @@ def output_loss(
     error = relative_error(examples, open_axes=open_axes)
     if not is_classifier_shape(examples.shape):
         if ending != "Softmax" or examples.ndim < 3 or examples.shape[class_axis] < 2:
-            return OutputLoss(distance=detector_loss(examples, open_axes=open_axes) or error)
+            return OutputLoss(distance=error if detector is None else detector_loss(detector, examples))
         distance = _of_shares if is_finished else _divergence
         return OutputLoss(distance=_by_rows(distance, class_axis), agreement=_by_rows(_same_classes, class_axis))
     if ending == "Softmax":
@@ -180,11 +180,10 @@ def relative_error(examples: Any, *, open_axes: frozenset[int] = frozenset()) ->
     """Mean over channels of squared error over the variance of `examples`.
 
     Channels are the shortest dimension behind the batch of those that are no `open_axes`, as in damage tables of the
-    search. One that hardly moves
-    in the examples, as the score of a class that none of them shows, counts as one that moves by `_QUIET` of the
-    usual: else it would outweigh all others.
+    search. One that hardly moves in the examples, as the score of a class that none of them shows, counts as one that
+    moves by `_QUIET` of the usual: else it would outweigh all others.
     """
-    channel = _channel_axis(examples, open_axes)
+    channel = channel_axis(examples, open_axes)
     others = tuple(axis for axis in range(examples.ndim) if axis != channel)
     variance = examples.var(others, unbiased=False, keepdim=True) if others else examples.var(unbiased=False)
     floor = max(float(variance.median()) * _QUIET, float(variance.mean()) * 1e-6, _TINY)
@@ -196,55 +195,36 @@ def relative_error(examples: Any, *, open_axes: frozenset[int] = frozenset()) ->
     return loss
 
 
-def _channel_axis(examples: Any, open_axes: frozenset[int]) -> int | None:
-    inner = range(1, examples.ndim)
-    sizes = {axis: examples.shape[axis] for axis in inner if examples.shape[axis] > 1 and axis not in open_axes}
-    return min(sizes, key=lambda axis: sizes[axis], default=None)
-
-
-def detector_loss(examples: Any, *, open_axes: frozenset[int] = frozenset()) -> Measure | None:
-    """For boxes with scores, one row per place: what is read of them; None where `examples` look like something else.
+def detector_loss(layout: Detector, examples: Any) -> Measure:
+    """What is read of a detector's rows.
 
     Nearly all places of a detector show nothing, and nobody reads what it says of boxes and classes there: 96% of the
     relative error of YOLOX-Nano in INT8. So boxes count as much as the teacher is sure of an object there
     (objectness-scaled distillation: Mehta & Ozturk 2018, arXiv 1805.06361), and scores as they are read: times the
-    objectness, where there is one. The loss is the KL divergence of the scores as chances, per unit of the teacher's,
-    and the relative error of the boxes.
-
-    A detector's are [B, rows, 4 + ...] or [B, 4 + ..., rows]: four coordinates, not all in 0 to 1, then scores that
-    are; what comes behind these, as points or coefficients of masks, counts with the boxes.
+    objectness, where there is one. The loss is the KL divergence of the scores as chances, divided by the sum of the
+    teacher's, and the squared error of the boxes, over their variance where `examples` are sure.
     """
-    channel = _channel_axis(examples, open_axes)
-    if examples.ndim != 3 or channel is None or examples.shape[channel] <= _BOX:
-        return None
-    table = examples.movedim(channel, -1).flatten(0, -2)
-    low, high = table.amin(0), table.amax(0)
-    are_chances = ((low >= 0) & (high <= 1)).tolist()
-    if all(are_chances[:_BOX]) or not are_chances[_BOX]:
-        return None
-    end = next((n for n in range(_BOX, len(are_chances)) if not are_chances[n]), len(are_chances))
-    places = [*range(_BOX), *range(end, len(are_chances))]
-    first, classes = table[:, _BOX], table[:, _BOX + 1 : end]
-    is_gated = end > _BOX + 1 and float(classes[first <= first.mean()].amax(1).mean()) > _GATED
 
     def parts(values: Any) -> tuple[Any, Any]:
-        rows = values.movedim(channel, -1).flatten(0, -2)
-        scores = rows[:, _BOX:end]
-        return rows[:, places], scores[:, :1] * scores[:, 1:] if is_gated else scores
+        rows = values.float().movedim(layout.channel, -1).flatten(0, -2)
+        scores = rows[:, BOX : layout.end]
+        if layout.has_objectness:
+            scores = scores[:, :1] * scores[:, 1:]
+        return torch.cat([rows[:, :BOX], rows[:, layout.end :]], 1), scores.clamp(_LEAST_CHANCE, 1 - _LEAST_CHANCE)
 
     boxes, scores = parts(examples)
     sure = scores.amax(1, keepdim=True)
-    mass = float(scores.sum()) / len(scores)
-    if not mass > _TINY:
-        return None
+    usual, mass = float(sure.mean()), float(scores.sum(1).mean())
     share = sure / sure.sum()
-    mean = (share * boxes).sum(0)
-    weight = 1 / (share * (boxes - mean).square()).sum(0).clamp(min=_TINY)
-    usual = float(sure.mean())
+    variance = (share * (boxes - (share * boxes).sum(0)).square()).sum(0)
+    everywhere = boxes.var(0, unbiased=False)
+    # What is the same at all objects must not outweigh the rest, and what is so everywhere says nothing.
+    weight = 1 / torch.maximum(variance, _QUIET * everywhere).clamp(min=_TINY)
+    weight = torch.where(everywhere > 1e-6 * everywhere.mean(), weight, torch.zeros(()))
 
     def loss(student: Any, teacher: Any) -> Any:
         (own, chances), (its, wanted) = parts(student), parts(teacher)
-        apart = _bernoulli_of(chances, wanted).sum() / (len(chances) * mass)
+        apart = _bernoulli_of(chances, wanted).sum(1).mean() / mass
         error = (own - its).square() * weight.to(own.device)
         return apart + (wanted.amax(1, keepdim=True) * error).mean() / usual
 

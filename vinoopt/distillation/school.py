@@ -16,6 +16,8 @@ from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.compression.activations import sized_like
 from vinoopt.distillation.equality import HALF_TOLERANCE, check_batches, check_equality, departure
+from vinoopt.distillation.layouts import Detector, find_detector
+from vinoopt.distillation.losses import stacked
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.rules import failing, wide
 from vinoopt.distillation.training import Batch
@@ -34,6 +36,8 @@ HELD_BYTES, INPUT_BYTES = 512 << 20, 1 << 30
 """Of the calls that are held back with their outputs; of inputs that stay in memory, not read anew in every step."""
 CHECKED = 4
 """Calls on which a mirror has to equal OpenVINO."""
+_SHOWN = 8
+"""Calls that tell what an output's rows are."""
 _SIGNED_CALLS = 32
 """Of the inputs, in a checkpoint's signature."""
 
@@ -80,6 +84,8 @@ class School:
     """Where PyTorch trains."""
     are_scores: bool
     """Whether outputs that look like class scores are taken for such."""
+    detectors: Sequence[Detector | None]
+    """Per output the layout of its rows, where they are a detector's."""
 
 
 def check_can_teach(teacher: ov.Model, data: Dataset) -> None:
@@ -120,6 +126,7 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int, are_scores: bool
     is_batched = check_batches(mirror, inputs[:3])
     if is_batched and teacher.is_dynamic():
         is_batched = len({tuple(x.shape for x in call) for part in (inputs, held_calls) for call in part}) == 1
+    detectors = _detectors(mirror, inputs[:_SHOWN])
     where = _placed(mirror, inputs[0])
     is_numbered = isinstance(learn.labels, np.ndarray) and learn.labels.dtype.kind in "iu"
     known = learn.labels if is_numbered else None
@@ -136,7 +143,16 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int, are_scores: bool
         digest=digest_of(teacher, [*inputs[:_SIGNED_CALLS], [torch.tensor(len(data))], labels or []]),
         device=where,
         are_scores=are_scores,
+        detectors=detectors,
     )
+
+
+def _detectors(mirror: Mirror, calls: Sequence[Batch]) -> list[Detector | None]:
+    with torch.no_grad():
+        values = [mirror([wide(x) for x in call], mirror.results) for call in calls]
+    columns = (stacked([value[place] for value in values]) for place in range(len(mirror.results)))
+    results = mirror.model.get_results()
+    return [find_detector(result, *column) for result, column in zip(results, columns, strict=True)]
 
 
 def _placed(mirror: Mirror, call: Batch) -> str:

@@ -17,7 +17,7 @@ from vinoopt.distillation.rules import failing
 from vinoopt.distillation.school import School
 
 _LEAST_DISTANCE, _TINY = 0.01, 1e-12
-"""Of the mean: distances below this count as none where they are compared by their logarithms."""
+"""What is added to distances before their logarithms are taken: a share of their mean, or so much at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -40,17 +40,17 @@ class Standing:
         return None if self.agreements is None else float(self.agreements.mean())
 
     def doubt_over(self, before: Standing) -> str:
-        """Why this is not surely nearer than `before`; empty where it is.
+        """Why this is not nearer than `before` by more than chance; empty where it is.
 
-        It is where the mean distance fell by more than its standard error; or where it fell at all, and that of the
-        usual input did for certain, by the mean of logarithms: of a few inputs, one that is far away may hold most of
-        the mean, and most of its error.
+        The mean distance must fall by more than its standard error. Or it must fall, and the mean of its logarithms
+        by more than theirs: of a few inputs, one that is far away may hold most of the mean, and most of its error.
         """
         gain, error = _mean_and_error(before.distances - self.distances)
         if not gain > error:
-            least = _LEAST_DISTANCE * before.distance + _TINY
-            usual_gain, its_error = _mean_and_error(np.log((before.distances + least) / (self.distances + least)))
-            if gain < 0 or not usual_gain > its_error:
+            own, its = (np.maximum(each.distances, 0.0) for each in (self, before))
+            least = max(_LEAST_DISTANCE * float(its.mean()), _TINY)
+            usual_gain, usual_error = _mean_and_error(np.log((its + least) / (own + least)))
+            if not (gain > 0 and usual_gain > usual_error):
                 return f"that is no more than chance (standard error {error:.2g})"
         if self.agreements is None or before.agreements is None:
             return ""
@@ -86,7 +86,7 @@ class Departure:
         self.wanted = [[torch.tensor(v) for v in call.values()] for call in school.reference]
         columns = [[call[place] for call in self.wanted] for place in range(len(endings))]
         outputs: list[OutputLoss] = []
-        for values, ending in zip(columns, endings, strict=True):
+        for values, ending, detector in zip(columns, endings, school.detectors, strict=True):
             examples, open_axes = stacked(values)
             outputs.append(
                 output_loss(
@@ -95,6 +95,7 @@ class Departure:
                     class_axis=1 if ending is None else ending.axis,
                     open_axes=open_axes,
                     are_scores=school.are_scores,
+                    detector=detector,
                 )
             )
         self.loss = Loss(outputs=outputs, inner=[])

@@ -32,10 +32,6 @@ _LAST_RATE = 0.01
 """Share of the peak rate at the last step."""
 _SMALLEST_SIZE = 1e-3
 """Of a tensor, for its rate: a bias of zeros must be able to move."""
-_RANGE_RATE, _LEAST_RANGE_RATE = 0.1, 4e-4
-"""Rate of ranges, whose factors are logarithms, per relative rate of weights, and what it is at least: weights that
-were only rounded have hardly to move, the ranges that calibration chose have (YOLOX-Nano in INT8 came to 0.54 of its
-divergence in 150 steps with weights at 5e-5 and ranges at 2.5e-4, to 0.74 with 1.5e-4 and 1.5e-5)."""
 _PATIENT = 0.75
 """Share of a run before which it is not ended early: while the rate is high no state looks like the best."""
 _REPORTS, _FIRST_LOOK = 20, 10
@@ -61,6 +57,8 @@ class TrainingSettings:
     batch: int = 64
     peak_rate: float = 0.01
     """Of a weight's change per step, relative to the weights' size."""
+    range_rate: float = 0.001
+    """Of a range's change per step, relative to its width."""
     inner_weight: float = 1.0
     """Of the errors inside the network beside those of its outputs."""
     patience: int = 6
@@ -313,8 +311,7 @@ class Training:
             size = max(float(p.detach().square().mean().sqrt()), _SMALLEST_SIZE)
             groups.append({"params": [p], "base": self.settings.peak_rate * size})
         if len(self.student.factors):
-            range_rate = max(self.settings.peak_rate * _RANGE_RATE, _LEAST_RANGE_RATE)
-            groups.append({"params": list(self.student.factors), "base": range_rate})
+            groups.append({"params": list(self.student.factors), "base": self.settings.range_rate})
         for group in groups:
             group["lr"] = 0.0
         fused = self._device.type in ("cpu", "cuda")
