@@ -348,6 +348,28 @@ def test_ranges_learn_what_finite_differences_say() -> None:
     assert (ends[1] - ends[0]) / (2 * h) == pytest.approx(2.55, rel=1e-3)
 
 
+def test_the_upper_end_of_a_skewed_range_learns_for_itself() -> None:
+    step, zero = 0.02, 30
+    grid = Grid.of(*(torch.tensor(v * step) for v in (-zero, 255 - zero, -zero, 255 - zero)), levels=256)
+    assert grid.is_skewed
+    low, high = float(grid.low), float(grid.high)
+    x = torch.tensor([low - 1, -0.2, 0.513, 2.0, high + 1])
+    slopes = torch.tensor([3.0, 5.0, 7.0, 11.0, 13.0])
+    theta, phi = (torch.zeros((), requires_grad=True) for _ in range(2))
+    y = fake_quantize(x, theta, grid, phi=phi)
+    assert torch.allclose(y, fake_quantize(x, torch.zeros(()), grid))
+    (slopes * y).sum().backward()
+    rounding = (slopes * (y - x))[1:4].sum().item()
+    assert phi.grad.item() == pytest.approx(rounding * high / (high - low) + 13 * high, abs=1e-4)
+    assert theta.grad.item() == pytest.approx(rounding + 13 * high + 3 * low, abs=1e-4)
+    narrower = fake_quantize(x, torch.zeros(()), grid, phi=torch.tensor(-0.5))
+    assert float(narrower[-1]) == pytest.approx(high * math.exp(-0.5), abs=0.02)
+    assert float(narrower[0]) == pytest.approx(low, abs=0.01), "the lower end stays, to half a level"
+    assert 0 in fake_quantize(torch.zeros(1), torch.zeros(()), grid, phi=torch.tensor(-0.5))
+    for ends in ((-2.56, 2.54), (-2.55, 2.55), (0.0, 5.1)):
+        assert not Grid.of(*(torch.tensor(v) for v in (*ends, *ends)), levels=256).is_skewed
+
+
 def test_the_range_of_weights_learns_from_all_of_them() -> None:
     grid = Grid.of(*(torch.tensor(v) for v in (-1.28, 1.27, -1.28, 1.27)), levels=256)
     x = torch.randn((16, 3), generator=torch.Generator().manual_seed(0))

@@ -270,13 +270,14 @@ def test_a_mirror_that_differs_is_refused() -> None:
         check_equality(mirror, calls(model))
 
 
+@pytest.mark.parametrize("ends", [(-1.28, 1.27), (-0.4, 2.15)], ids=["even", "skewed"])
 @pytest.mark.parametrize("kind", ["i8", "fake quantize"])
-def test_what_is_trained_goes_back_into_the_model(kind: str) -> None:
+def test_what_is_trained_goes_back_into_the_model(kind: str, ends: tuple[float, float]) -> None:
     stored = RNG.integers(-127, 128, (5, 4, 3, 3)).astype(np.int8)
     scale = np.abs(f32(5, 1, 1, 1)) / 127
 
     def make(x: ov.Node) -> ov.Node:
-        x = op.fake_quantize(x, *map(scalar, (-1.28, 1.27, -1.28, 1.27)), 256)
+        x = op.fake_quantize(x, *map(scalar, (*ends, *ends)), 256)
         if kind == "i8":
             weight: Any = op.multiply(op.convert(op.constant(stored), "f32"), scale)
         else:
@@ -293,7 +294,8 @@ def test_what_is_trained_goes_back_into_the_model(kind: str) -> None:
         for parameter in mirror.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     mirror.write()
-    assert len(mirror.values) == 2 and len(mirror.factors) == 2  # weight and bias; their scale and the range
+    assert len(mirror.values) == 2, "weight and bias"
+    assert len(mirror.factors) == (3 if ends[0] == -0.4 else 2), "scale and range, and the upper end of a skewed one"
     check_equality(mirror, calls(model))  # against the model as written
     check_equality(Mirror(model), calls(model))  # and read anew
     after = run(spelled_out(model), calls(model), {"INFERENCE_PRECISION_HINT": "f32"})

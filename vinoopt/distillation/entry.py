@@ -66,7 +66,7 @@ def distill(
 
     A step takes `batch` samples, by default 64, or 16 of what moves much, as photographs do. `peak_rate` is the
     largest change of a weight per step, relative to its tensor's size; by default 0.01 for a model with fewer weights
-    than its teacher, else 0.0001. Ranges move by a tenth of it, and by 0.0004 at least. With less than 600 steps both
+    than its teacher, else 0.0001. Ranges move by up to 0.001 of their size. With less than 600 steps both
     are lowered by the root of their share, to half at most. `augment` mirrors, shifts and mixes images (True; one
     channel of floats is not taken for one), leaves inputs as they are (False), or is a function of the inputs of one
     batch and a `torch.Generator`. With `are_scores` false an output of class scores' shape ([B, C]) that no softmax

@@ -32,19 +32,27 @@ _ENDINGS = frozenset({"Softmax", "Sigmoid"})
 
 
 class _Range:
-    """One factor for the ranges of all quantizers that were given the same range."""
+    """The factors of the ranges of all quantizers that were given the same range."""
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], grid: Grid) -> None:
+        self.grid = grid
         self.theta = torch.nn.Parameter(torch.zeros(tuple(shape)))
+        self.phi = torch.nn.Parameter(torch.zeros(tuple(shape))) if grid.is_skewed else None
+        """Of the upper end of a skewed range alone."""
         self.nodes: list[tuple[ov.Node, list[Any]]] = []
 
     def write(self) -> None:
         """Put the present ranges into the model."""
         factor = torch.exp(self.theta.detach().cpu())
         for node, bounds in self.nodes:
-            for port, bound in enumerate(bounds, start=1):
+            scaled = [bound * factor for bound in bounds]
+            if self.phi is not None:
+                step, zero = self.grid.ends(self.theta.item(), self.phi.item())
+                ends = (-zero * step, (self.grid.levels - 1 - zero) * step)
+                scaled = [torch.full_like(bound, ends[place % 2]) for place, bound in enumerate(bounds)]
+            for port, bound in enumerate(scaled, start=1):
                 old = node.input_value(port).get_node()
-                new = ops.constant((bound * factor).numpy(), old.get_element_type())
+                new = ops.constant(bound.numpy(), old.get_element_type())
                 new.set_friendly_name(old.get_friendly_name())
                 node.input(port).replace_source_output(new.output(0))
 
@@ -89,7 +97,8 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
         values = [p for weight in self._weights for p in weight.parameters()[:1]]
         factors = [p for weight in self._weights for p in weight.parameters()[1:]]
         self.values = torch.nn.ParameterList(values)
-        self.factors = torch.nn.ParameterList([*factors, *(r.theta for r in self._ranges.values())])
+        ranges = [p for r in self._ranges.values() for p in (r.theta, r.phi) if p is not None]
+        self.factors = torch.nn.ParameterList([*factors, *ranges])
         self.requires_grad_(trains)
         self._last_reader = {key: number for number, step in enumerate(self._steps) for key in step.inputs}
 
@@ -197,15 +206,17 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
         content = b"".join([repr(tuple(shape)).encode(), *raw])
         # A quantizer of a constant that is not trained stays as it is.
         is_trained = self._trains and source not in self._constants
-        shared = self._ranges.setdefault(content, _Range(shape)) if is_trained else _Range(shape)
+        shared = _Range(shape, grid)
+        if is_trained:
+            shared = self._ranges.setdefault(content, shared)
         shared.nodes.append((node, bounds))
         is_live = source[0] in self._live
 
         def quantize(x: Any) -> Any:
             if self.rounds or not is_live:
                 has_samples = is_live and x.ndim > 0 and len(x) == self._samples
-                return fake_quantize(x, shared.theta, grid, has_samples=has_samples)
-            return clamp(x, shared.theta, grid)
+                return fake_quantize(x, shared.theta, grid, phi=shared.phi, has_samples=has_samples)
+            return clamp(x, shared.theta, grid, phi=shared.phi)
 
         return Step(
             name=node.get_name(),

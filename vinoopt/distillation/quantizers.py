@@ -4,7 +4,9 @@ Values pass gradients straight through inside the range and none outside (Bengio
 The range has one factor exp(theta) for both ends, learned as in LSQ (Esser et al. 2019, arXiv 1902.08153, section
 2.1) with the derivative taken in the logarithm: d y / d theta is y - x inside the range and y outside. Both ends
 scale together, so zero stays on the grid and a symmetric or unsigned range stays one: what OpenVINO's INT8 kernels
-ask for.
+ask for. A skewed range has a second factor, exp(phi), for its upper end, as in LSQ+ (Bhalgat et al. 2020, arXiv
+2004.09576, section 3): values behind a Swish have a firm lower end and a few far above. Zero moves to the nearest
+level.
 """
 
 from __future__ import annotations
@@ -59,6 +61,18 @@ class Grid:
         moved = {name: None if value is None else value.to(device) for name, value in out.items()}
         return Grid(low=self.low.to(device), high=self.high.to(device), levels=self.levels, **moved)
 
+    @property
+    def is_skewed(self) -> bool:
+        """Whether it is one range on both sides of zero, and not the same to both."""
+        zero = self.offset_levels()
+        return self.scale_out is None and zero is not None and 0 < zero < self.levels - 1 and zero != self.levels // 2
+
+    def ends(self, theta: float, phi: float) -> tuple[float, int]:
+        """Step and level of zero of a skewed range."""
+        low, high = float(self.low) * math.exp(theta), float(self.high) * math.exp(theta + phi)
+        step = (high - low) / (self.levels - 1)
+        return step, round(-low / step)
+
     def offset_levels(self) -> int | None:
         """The level of zero, for one range with zero on its grid; None for other ones."""
         if self.step.numel() != 1:
@@ -68,14 +82,18 @@ class Grid:
         return near if abs(place - near) < _ON_GRID and 0 <= near < self.levels else None
 
 
-def fake_quantize(x: Any, theta: Any, grid: Grid, *, has_samples: bool = False) -> Any:
-    """`x` on the grid scaled by exp(theta), with gradients for both; `has_samples` says what its first axis is."""
+def fake_quantize(x: Any, theta: Any, grid: Grid, *, phi: Any = None, has_samples: bool = False) -> Any:
+    """`x` on the grid scaled by exp(theta), its upper end by exp(phi) too, with gradients for all; `has_samples` says
+    what the first axis of `x` is."""
     grid, x = grid.at(x.device), x.float()  # levels are finer than bfloat16 tells
-    return _onto_output(_FakeQuantize.apply(x, theta, grid, has_samples), theta, grid)
+    return _onto_output(_FakeQuantize.apply(x, theta, phi, grid, has_samples), theta, grid)
 
 
-def clamp(x: Any, theta: Any, grid: Grid) -> Any:
+def clamp(x: Any, theta: Any, grid: Grid, *, phi: Any = None) -> Any:
     """`x` inside the grid's range, as `fake_quantize` without its rounding."""
+    if phi is not None:
+        step, zero = grid.ends(theta.item(), phi.item())
+        return torch.clamp(x, -zero * step, (grid.levels - 1 - zero) * step)
     grid, factor = grid.at(x.device), torch.exp(theta)
     return _onto_output(torch.clamp(x, grid.low * factor, grid.high * factor), theta, grid)
 
@@ -97,7 +115,7 @@ class _FakeQuantize(torch.autograd.Function):  # type: ignore[misc]
     """The forward rule of OpenVINO's FakeQuantize onto its own input range, and the gradients above."""
 
     @staticmethod
-    def forward(ctx: Any, x: Any, theta: Any, grid: Grid, has_samples: bool) -> Any:
+    def forward(ctx: Any, x: Any, theta: Any, phi: Any, grid: Grid, has_samples: bool) -> Any:
         zero = grid.offset_levels()
         if zero is None:
             factor = torch.exp(theta)
@@ -106,16 +124,18 @@ class _FakeQuantize(torch.autograd.Function):  # type: ignore[misc]
         else:
             # In place, and with numbers for tensors: a small network waits for memory, not for arithmetic.
             step = float(grid.step) * math.exp(float(theta))
+            if phi is not None:
+                step, zero = grid.ends(theta.item(), phi.item())
             low, high = -zero * step, (grid.levels - 1 - zero) * step
             y = (x * (1 / step)).round_().clamp_(-zero, grid.levels - 1 - zero).mul_(step)
-        ctx.save_for_backward(x, y, theta)
+        ctx.save_for_backward(x, y, theta, phi)
         is_thinned = has_samples and x.ndim > 1 and (theta.ndim < x.ndim or theta.shape[0] == 1)
         ctx.bounds, ctx.thinning = (low, high, step), _THINNING if is_thinned else 1
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Any) -> tuple[Any, Any, None, None]:
-        x, y, theta = ctx.saved_tensors
+    def backward(ctx: Any, grad: Any) -> tuple[Any, Any, Any, None, None]:
+        x, y, theta, phi = ctx.saved_tensors
         low, high, step = ctx.bounds
         if isinstance(low, float):
             # Ends of the range count as inside: zeros are most of what a rectifier gives.
@@ -123,10 +143,18 @@ class _FakeQuantize(torch.autograd.Function):  # type: ignore[misc]
         else:
             passed = torch.where((x >= low) & (x <= high), grad, 0.0)
         if not ctx.needs_input_grad[1]:
-            return passed, None, None, None
-        if ctx.thinning == 1:
-            return passed, (grad * y - passed * x).sum_to_size(theta.shape), None, None
-        rows = max(len(x) // ctx.thinning, 1)
-        for_theta = grad[:rows] * y[:rows]
-        for_theta.sub_(passed[:rows] * x[:rows])
-        return passed, for_theta.sum_to_size(theta.shape).mul_(len(x) / rows), None, None
+            return passed, None, None, None, None
+        rows = len(x) if ctx.thinning == 1 else max(len(x) // ctx.thinning, 1)
+        if rows < len(x):
+            grad, x, y, inside = grad[:rows], x[:rows], y[:rows], passed[:rows]
+        else:
+            inside = passed
+        for_theta = grad * y
+        for_theta.sub_(inside * x)
+        scale = len(passed) / rows
+        for_phi = None
+        if phi is not None:
+            # The step grows with the upper end in its share of the range; what is clipped below does not see it.
+            share = torch.where(x > high, 1.0, torch.where(x < low, 0.0, high / (high - low)))
+            for_phi = (for_theta * share).sum_to_size(phi.shape).mul_(scale)
+        return passed, for_theta.sum_to_size(theta.shape).mul_(scale), for_phi, None, None
