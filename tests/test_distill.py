@@ -123,7 +123,7 @@ def test_bfloat16_comes_as_near_and_is_left_out_where_it_would_drown_what_is_lea
 
     halved, exact = results(pair()[1], 60)
     assert bytes_of(halved.model) != bytes_of(exact.model)
-    assert halved.is_better and halved.after < 1.1 * exact.after
+    assert halved.is_better and halved.after < 1.25 * exact.after
     teacher = network()
     near = network(weights={name: 1.0001 * value for name, value in network.made.items()})  # type: ignore[attr-defined]
     assert bytes_of(near) != bytes_of(teacher)
