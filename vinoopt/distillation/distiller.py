@@ -51,7 +51,7 @@ needs time to settle (a CIFAR ResNet-20 that lost a quarter of its inner channel
 _RANGE_RATE = 0.001
 """Peak rate of ranges, whose factors are logarithms, whatever that of weights is: those that were only rounded have
 hardly to move, their scales and the ranges that calibration chose have. (YOLOX-Nano in INT8 by the mixed preset, 150
-steps: divergence .0172 before, .0148 with a fifth of this, .0125 with twice as much.)"""
+steps: divergence .0172 before, .0148 with two fifths of this, .0125 with twice as much.)"""
 _LATER_RATE = 0.5
 """For every earlier run, whose end the next one must not undo."""
 Say = Callable[[str, int, int], None]
