@@ -124,6 +124,7 @@ def test_bfloat16_comes_as_near_and_is_left_out_where_it_would_drown_what_is_lea
     halved, exact = results(pair()[1], 60)
     assert bytes_of(halved.model) != bytes_of(exact.model)
     assert halved.is_better and halved.after < 1.25 * exact.after
+    assert halved.outcome.best_loss < 1.1 * exact.outcome.best_loss
     teacher = network()
     near = network(weights={name: 1.0001 * value for name, value in network.made.items()})  # type: ignore[attr-defined]
     assert bytes_of(near) != bytes_of(teacher)
@@ -366,6 +367,9 @@ def test_the_upper_end_of_a_skewed_range_learns_for_itself() -> None:
     assert float(narrower[-1]) == pytest.approx(high * math.exp(-0.5), abs=0.02)
     assert float(narrower[0]) == pytest.approx(low, abs=0.01), "the lower end stays, to half a level"
     assert 0 in fake_quantize(torch.zeros(1), torch.zeros(()), grid, phi=torch.tensor(-0.5))
+    alone = torch.tensor(0.513, requires_grad=True)
+    fake_quantize(alone, theta, grid, phi=phi).backward()
+    assert alone.grad.item() == 1, "a scalar has no samples"
     for ends in ((-2.56, 2.54), (-2.55, 2.55), (0.0, 5.1)):
         assert not Grid.of(*(torch.tensor(v) for v in (*ends, *ends)), levels=256).is_skewed
 

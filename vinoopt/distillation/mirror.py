@@ -47,8 +47,7 @@ class _Range:
         for node, bounds in self.nodes:
             scaled = [bound * factor for bound in bounds]
             if self.phi is not None:
-                step, zero = self.grid.ends(self.theta.item(), self.phi.item())
-                ends = (-zero * step, (self.grid.levels - 1 - zero) * step)
+                ends = self.grid.bounds(*self.grid.skewed(self.theta.item(), self.phi.item()))
                 scaled = [torch.full_like(bound, ends[place % 2]) for place, bound in enumerate(bounds)]
             for port, bound in enumerate(scaled, start=1):
                 old = node.input_value(port).get_node()

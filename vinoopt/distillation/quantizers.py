@@ -67,11 +67,15 @@ class Grid:
         zero = self.offset_levels()
         return self.scale_out is None and zero is not None and 0 < zero < self.levels - 1 and zero != self.levels // 2
 
-    def ends(self, theta: float, phi: float) -> tuple[float, int]:
+    def skewed(self, theta: float, phi: float) -> tuple[float, int]:
         """Step and level of zero of a skewed range."""
         low, high = float(self.low) * math.exp(theta), float(self.high) * math.exp(theta + phi)
         step = (high - low) / (self.levels - 1)
         return step, round(-low / step)
+
+    def bounds(self, step: float, zero: int) -> tuple[float, float]:
+        """The lowest and highest value of so many levels with zero at this one."""
+        return -zero * step, (self.levels - 1 - zero) * step
 
     def offset_levels(self) -> int | None:
         """The level of zero, for one range with zero on its grid; None for other ones."""
@@ -92,8 +96,7 @@ def fake_quantize(x: Any, theta: Any, grid: Grid, *, phi: Any = None, has_sample
 def clamp(x: Any, theta: Any, grid: Grid, *, phi: Any = None) -> Any:
     """`x` inside the grid's range, as `fake_quantize` without its rounding."""
     if phi is not None:
-        step, zero = grid.ends(theta.item(), phi.item())
-        return torch.clamp(x, -zero * step, (grid.levels - 1 - zero) * step)
+        return torch.clamp(x, *grid.bounds(*grid.skewed(theta.item(), phi.item())))
     grid, factor = grid.at(x.device), torch.exp(theta)
     return _onto_output(torch.clamp(x, grid.low * factor, grid.high * factor), theta, grid)
 
@@ -125,8 +128,8 @@ class _FakeQuantize(torch.autograd.Function):  # type: ignore[misc]
             # In place, and with numbers for tensors: a small network waits for memory, not for arithmetic.
             step = float(grid.step) * math.exp(float(theta))
             if phi is not None:
-                step, zero = grid.ends(theta.item(), phi.item())
-            low, high = -zero * step, (grid.levels - 1 - zero) * step
+                step, zero = grid.skewed(theta.item(), phi.item())
+            low, high = grid.bounds(step, zero)
             y = (x * (1 / step)).round_().clamp_(-zero, grid.levels - 1 - zero).mul_(step)
         ctx.save_for_backward(x, y, theta, phi)
         is_thinned = has_samples and x.ndim > 1 and (theta.ndim < x.ndim or theta.shape[0] == 1)
@@ -144,14 +147,13 @@ class _FakeQuantize(torch.autograd.Function):  # type: ignore[misc]
             passed = torch.where((x >= low) & (x <= high), grad, 0.0)
         if not ctx.needs_input_grad[1]:
             return passed, None, None, None, None
-        rows = len(x) if ctx.thinning == 1 else max(len(x) // ctx.thinning, 1)
-        if rows < len(x):
+        inside, scale = passed, 1.0
+        if ctx.thinning > 1:
+            rows = max(len(x) // ctx.thinning, 1)
+            scale = len(x) / rows
             grad, x, y, inside = grad[:rows], x[:rows], y[:rows], passed[:rows]
-        else:
-            inside = passed
         for_theta = grad * y
         for_theta.sub_(inside * x)
-        scale = len(passed) / rows
         for_phi = None
         if phi is not None:
             # The step grows with the upper end in its share of the range; what is clipped below does not see it.

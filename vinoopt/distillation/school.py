@@ -126,7 +126,8 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int, are_scores: bool
     is_batched = check_batches(mirror, inputs[:3])
     if is_batched and teacher.is_dynamic():
         is_batched = len({tuple(x.shape for x in call) for part in (inputs, held_calls) for call in part}) == 1
-    detectors = _detectors(mirror, inputs[:_SHOWN])
+    with failing("running the teacher's image in PyTorch"):
+        detectors = _detectors(mirror, inputs[:_SHOWN])
     where = _placed(mirror, inputs[0])
     is_numbered = isinstance(learn.labels, np.ndarray) and learn.labels.dtype.kind in "iu"
     known = learn.labels if is_numbered else None
