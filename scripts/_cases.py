@@ -230,6 +230,17 @@ def _photographs(source: SourceModel) -> Parts:
     return _divided(np.concatenate([sample[source.inputs[0].name] for sample in dataset]), None)
 
 
+def photographs(case: Case, source: SourceModel, count: int) -> np.ndarray:
+    """Further images as the model takes them, without labels: some of ImageNet's, for a case that has COCO's few."""
+    if case.load not in (_objects, _people, _photographs):
+        raise SystemExit(f"{case.model.name} has no images of COCO, which images of ImageNet could stand beside")
+    images = load_dataset(
+        str(SHARED / "data" / "imagenet_val" / "images"), inputs=source.inputs, preprocess=source.preprocess
+    )
+    picked = images.subset(np.random.default_rng(0).permutation(len(images))[:count])
+    return np.concatenate([sample[source.inputs[0].name] for sample in picked])
+
+
 def _noise(source: SourceModel) -> Parts:
     return _divided(random_samples(source, NOISE), None)
 

@@ -9,10 +9,10 @@
 interleaved rounds; for a CPU that is not here, under its instruction set, what the bundle says of both is told.
 `recover` trains the output of `nncf.quantize`, no block in float, by NNCF's own recipe or another
 (`--preset`, `--ranges`); with `--both` a second time, from the test part and judged on the search part, so that every
-sample is judged by a model that has not seen it. `curve` keeps half of the channels (`--kept`) inside every residual
-branch, quantizes, and trains, all with so many images. Nothing sees a label before judgement, and judgement is on
-samples that nothing else saw; drops of `recover` and `curve` have their 95% intervals. One JSON line per run goes to
-the output and is printed.
+sample is judged by a model that has not seen it; with `--more` further images are learned from. `curve` keeps half of
+the channels (`--kept`) inside every residual branch, quantizes, and trains, all with so many images. Nothing sees a
+label before judgement, and judgement is on samples that nothing else saw; drops of `recover` and `curve` have their
+95% intervals. One JSON line per run goes to the output and is printed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,19 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-from _cases import F32, SHARED, Case, cases, compiled, data_of, judged, ratio, reference_for, whole_calls
+from _cases import (
+    F32,
+    SHARED,
+    Case,
+    cases,
+    compiled,
+    data_of,
+    judged,
+    photographs,
+    ratio,
+    reference_for,
+    whole_calls,
+)
 from bench_pruning import outcome, side_by_side
 
 import vinoopt
@@ -73,10 +85,11 @@ def recover(name: str, options: argparse.Namespace) -> dict[str, Any]:
             plain.append((quantize(source.model, QuantizationPlan(), learn, device=Device.CPU), test))
         return quantize(source.model, recipe, learn, device=Device.CPU)
 
-    row = _trained(case, source, student, lessons(case, source, both=options.both), options)
+    more = photographs(case, source, options.more) if options.more else None
+    row = _trained(case, source, student, lessons(case, source, both=options.both), options, more=more)
     if plain:
         row["plain"] = round(_standing(case, source, plain).value, 4)
-    return {"preset": options.preset, "ranges": options.ranges, **row}
+    return {"preset": options.preset, "ranges": options.ranges, "more": options.more, **row}
 
 
 def curve(name: str, images: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -120,8 +133,13 @@ def _trained(
     student: Callable[[Dataset, Dataset], ov.Model],
     halves: Sequence[tuple[Dataset, Dataset]],
     options: argparse.Namespace,
+    *,
+    more: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """The student of each half's inputs before and after distillation on them, judged on all test parts together."""
+    """The student of each half's inputs before and after distillation on them, judged on all test parts together.
+
+    `more` are inputs that are learned from beside each half, and that calibration has not seen.
+    """
     results, seconds = [], 0.0
     models: dict[str, list[tuple[ov.Model, Dataset]]] = {"before": [], "after": []}
     for learn, test in halves:
@@ -130,7 +148,7 @@ def _trained(
         result = vinoopt.distill(
             given,
             teacher=source.model,
-            data=learn,
+            data=learn if more is None else _with(learn, more, source),
             steps=options.steps,
             batch=options.batch,
             peak_rate=options.rate,
@@ -150,7 +168,7 @@ def _trained(
     drops = {t: paired_drop(metric, whole, scores[t], budget=limits, seed=0) for t in ("before", "after")}
     return {
         "metric": metric.name,
-        "learned_from": [len(learn) for learn, _ in halves],
+        "learned_from": [len(learn) + (0 if more is None else len(more)) for learn, _ in halves],
         "judged_on": len(whole.statistics),
         **{title: round(each.value, 4) for title, each in scores.items()},
         "drops": {title: [round(x, 4) for x in (drop.value, drop.low, drop.high)] for title, drop in drops.items()},
@@ -160,6 +178,12 @@ def _trained(
         "seconds": round(seconds),
         "reason": [result.reason for result in results],
     }
+
+
+def _with(learn: Dataset, more: np.ndarray, source: SourceModel) -> Dataset:
+    """Calls of one sample each, and more of them."""
+    (name,) = learn[0]
+    return whole_calls(np.concatenate([*(call[name] for call in learn), more]), None, source, 1)
 
 
 def _standing(
@@ -237,6 +261,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--preset", choices=("performance", "mixed"), help="of the INT8 model of `recover`")
     parser.add_argument("--ranges", choices=("minmax", "histogram"), help="of its activations")
     parser.add_argument("--both", action="store_true", help="of `recover`: learn from each half, judge on the other")
+    parser.add_argument(
+        "--more", type=int, default=0, help="of `recover` with COCO's images: so many of ImageNet's beside them"
+    )
     parser.add_argument("--inner", type=float, default=1.0)
     parser.add_argument("--threads", type=int, help="of PyTorch; fewer where the machine is shared")
     parser.add_argument("--output", type=Path, default=Path("distill.jsonl"))
