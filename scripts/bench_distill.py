@@ -22,7 +22,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,24 +268,31 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of PyTorch; fewer where the machine is shared")
     parser.add_argument("--output", type=Path, default=Path("distill.jsonl"))
     options = parser.parse_args()
-    if options.both and options.kind != "recover":
-        parser.error("--both is of recover")
+    of_recover = {name: getattr(options, name) for name in ("both", "more", "preset", "ranges")}
+    if any(of_recover.values()) and options.kind != "recover":
+        parser.error(f"{', '.join(f'--{name}' for name, value in of_recover.items() if value)}: of `recover` alone")
     return options
+
+
+def rows_of(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The results of a case, each as soon as it is there."""
+    if options.kind == "recover":
+        yield recover(name, options)
+    elif options.kind == "curve":
+        for images in options.images or (300, 1000, 3000):
+            yield curve(name, images, options)
+    else:
+        for batch in options.batch_size or (1,):
+            yield search(name, batch, options)
 
 
 def main() -> None:
     options = parsed()
     for name in options.case:
-        if options.kind == "recover":
-            rows = [recover(name, options)]
-        elif options.kind == "curve":
-            rows = [curve(name, images, options) for images in options.images or (300, 1000, 3000)]
-        else:
-            rows = [search(name, batch, options) for batch in options.batch_size or (1,)]
-        with options.output.open("a") as output:
-            for row in rows:
-                line = json.dumps({"kind": options.kind, "case": name, **row})
-                print(line, flush=True)
+        for row in rows_of(name, options):
+            line = json.dumps({"kind": options.kind, "case": name, **row})
+            print(line, flush=True)
+            with options.output.open("a") as output:
                 output.write(line + "\n")
 
 

@@ -102,6 +102,7 @@ def test_a_pruned_quantized_model_comes_nearer_to_its_teacher_and_stays_quantize
     assert events[-1].done == events[-1].total == 80
     assert "agreement" in events[-1].message and "held back" in events[-1].message
     assert any("s left" in event.message for event in events)
+    assert any("agreement" in event.message for event in events if 0 < event.done < 30), "told early"
 
 
 def test_the_same_seed_gives_the_same_model() -> None:
@@ -244,19 +245,101 @@ def test_an_error_of_pytorch_is_ours_and_leaves_the_model_alone() -> None:
     assert bytes_of(student) == before
 
 
-def test_a_limited_run_anneals_and_can_be_continued(tmp_path: Path) -> None:
+def test_a_limited_run_can_be_continued(tmp_path: Path) -> None:
     place = tmp_path / "run.pt"
-    first = distilled(100_000, time_limit_s=6.0, checkpoint=place)
-    if first.outcome.is_cut:
-        assert place.is_file()
-    assert first.outcome.best_step > 0
+    first = distilled(100_000, time_limit_s=2.0, checkpoint=place)
+    assert first.outcome.is_cut, first.reason
+    steps: list[int] = []
+
+    def watch(event: Event) -> None:
+        steps.append(event.done)
+        if any(steps):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distilled(100_000, time_limit_s=100.0, checkpoint=place, on_event=watch)
+    assert steps[-1] > first.outcome.steps
+
+
+def test_an_interrupt_within_a_step_takes_no_input_away(tmp_path: Path) -> None:
+    calls = 0
+    place = tmp_path / "run.pt"
+
+    def noisy(inputs: Any, generator: Any) -> Any:
+        return [x + 0.1 * torch.randn(x.shape, generator=generator) for x in inputs]
+
+    def cut(inputs: Any, generator: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        changed = noisy(inputs, generator)
+        if calls == 15:
+            raise KeyboardInterrupt
+        return changed
+
+    with pytest.raises(KeyboardInterrupt):
+        distilled(24, checkpoint=place, augment=cut)
+    resumed = distilled(24, checkpoint=place, augment=noisy)
+    assert bytes_of(resumed.model) == bytes_of(distilled(24, augment=noisy).model)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vinoopt.distillation.training._CHECKPOINT_S", 0.0)
+    (tmp_path / "run.part").mkdir()
+    result = distilled(24, checkpoint=tmp_path / "run.pt")
+    assert "no checkpoint was written" in result.reason
+    assert bytes_of(result.model) == bytes_of(distilled(24).model)
+    with pytest.raises(InputError, match="is a folder"):
+        distilled(24, checkpoint=tmp_path)
+
+
+def test_outputs_in_half_precision_are_compared_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
+    def halved(model: ov.Model) -> ov.Model:
+        """With outputs that are shares too small for half precision."""
+        model = model.clone()
+        (result,) = model.get_results()
+        scores = op.multiply(result.input_value(0), op.constant(np.float32(40)))
+        shares = op.convert(op.softmax(scores, 1), "f16")
+        model.add_results([op.result(shares)])
+        model.remove_result(result)
+        return model
+
+    teacher, student = map(halved, pair())
+    result = vinoopt.distill(student, teacher=teacher, data=IMAGES, steps=80, batch=16, threads=1)
+    assert result.is_better, result.reason
+    assert 0 < result.after < result.before < math.inf
+    assert "agreement" in result.reason
+    monkeypatch.setattr("vinoopt.distillation.equality.STORED_TOLERANCE", 1e-9)
+    with pytest.raises(DistillationError, match=r"departs .* \(tolerance 1e-09\)"):
+        vinoopt.distill(student, teacher=teacher, data=IMAGES, steps=80)
+
+
+def test_ports_in_another_order_are_refused() -> None:
+    def with_two(model: ov.Model, order: int) -> ov.Model:
+        model = model.clone()
+        (result,) = model.get_results()
+        scores = result.input_value(0)
+        heads = [op.add(scores, op.constant(np.float32(shift))) for shift in (0, 1)]
+        for name, head in zip("ab", heads, strict=True):
+            head.output(0).set_names({name})
+        model.remove_result(result)
+        model.add_results([op.result(head) for head in heads[::order]])
+        return model
+
+    teacher, student = pair()
+    with pytest.raises(DistillationError, match="output 'b' is number 0 of the model and number 1 of its teacher"):
+        vinoopt.distill(with_two(student, -1), teacher=with_two(teacher, 1), data=IMAGES, steps=5)
 
 
 def test_too_few_inputs_and_nonsense_are_refused() -> None:
     teacher, student = pair()
     with pytest.raises(DistillationError, match="at least 16"):
         vinoopt.distill(student, teacher=teacher, data=IMAGES[:12])
-    for wrong in ({"batch": 0}, {"steps": 0}, {"labels": "labels.npy"}):
+    calls = from_arrays(IMAGES, inputs=[TensorSpec(name="x", shape=(8, 3, SIDE, SIDE), dtype="float32")])
+    with pytest.raises(DistillationError, match=r"12 calls of 8 samples .* at least 16"):
+        vinoopt.distill(student, teacher=teacher, data=calls)
+    for wrong in ({"batch": 0}, {"steps": 0}, {"labels": "labels.npy"}, {"threads": 0}, {"seed": -1}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             vinoopt.distill(student, teacher=teacher, data=IMAGES, **wrong)
     with pytest.raises(InputError, match=r"ov\.Model"):

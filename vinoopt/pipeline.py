@@ -765,6 +765,8 @@ def _why_not_trained(material: Material) -> str:
         check_can_teach(material.source.model, material.splits.calibration)
     except DistillationError as exc:
         return str(exc)
+    except CANDIDATE_ERRORS as exc:
+        return first_line(exc)
     return ""
 
 

@@ -353,7 +353,7 @@ class DistillationPlan(Record):
     """Of the cross entropy with labels beside the divergence from the teacher; 0: labels are not looked at."""
     are_scores: bool = True
     """Whether an output counts as class scores that reads like them; false: only what a softmax or sigmoid makes."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class CompressionPlan(Record):
@@ -652,7 +652,7 @@ class CompileRequest(Record):
     max_pruning: float = Field(default=0.5, ge=0, lt=1)
     effort: str = "balanced"
     time_limit_s: float | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     scheduler: str | None = None
     """Of the dask fleet whose workers stand for the targets that they announce."""
     allow_code: bool = False

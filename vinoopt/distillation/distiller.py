@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from vinoopt.compression.activations import sized_like
 from vinoopt.compression.sensitivity import is_classifier_shape
 from vinoopt.distillation.augment import Augment, find_augment
 from vinoopt.distillation.equality import check_batches, check_equality
-from vinoopt.distillation.losses import Loss, is_row_shape, output_loss, relative_error, stacked
+from vinoopt.distillation.losses import Loss, is_row_shape, output_loss, relative_error
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.rules import failing, wide
-from vinoopt.distillation.school import CHECKED, School, bytes_of, digest_of
+from vinoopt.distillation.school import CHECKED, EXAMPLES, School, bytes_of, digest_of, examples_of
 from vinoopt.distillation.standing import Departure
 from vinoopt.distillation.training import (
     NOT_FINITE,
@@ -35,12 +36,8 @@ from vinoopt.distillation.weights import Key
 from vinoopt.errors import DataError, DistillationError
 from vinoopt.records import DistillationPlan
 
-EXAMPLE_BYTES = 256 << 20
-"""Of the values from which the spread of the teacher's is taken."""
 STEP_BYTES = 2 << 30
 """Of the values inside the student in one pass: a step of more calls is taken in several."""
-_EXAMPLES = 32
-"""Calls on which the spread of the teacher's values is taken."""
 _JOINS = frozenset({"Add"})
 _MOST_INNER = 6
 _PACE_STEPS = 10
@@ -112,9 +109,24 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
     """
     if plan.label_weight:
         _check_labels(school)
-    ports = [(len(model.inputs), len(model.outputs)) for model in (student, school.teacher)]
-    if ports[0] != ports[1]:
-        raise DistillationError(f"the model has {ports[0]} inputs and outputs, and its teacher {ports[1]}")
+    _check_ports(student, school.teacher)
+    with _threads(run.threads):
+        return _trained(student, school, plan, run)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """PyTorch with so many threads."""
+    usual = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
+def _trained(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -> Distilled:
     work = student.clone()
     with failing("making the model's image in PyTorch"):
         mirror = Mirror(work)
@@ -138,7 +150,6 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
             range_rate=_RANGE_RATE * last_rate(plan) / plan.peak_rate,
             inner_weight=plan.inner_weight,
             seed=plan.seed + len(plan.runs) - 1,
-            threads=run.threads,
             may_keep_first=not run.is_judged_later,
         ),
         deadline=None if run.deadline is None else run.deadline - judging_s,
@@ -160,6 +171,8 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
     if is_lost:
         doubt = "the loss was not finite in the last step, before any that made it better: a lower peak_rate may help"
     reason = f"{outcome.steps} of {plan.runs[-1]} steps ({outcome.reason}): {after.words_after(before)}"
+    if outcome.unsaved:
+        reason += f"; no checkpoint was written ({outcome.unsaved})"
     return Distilled(
         model=student.clone() if doubt else trained,
         plan=plan,
@@ -169,6 +182,21 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
         reason=f"{reason}: kept as it was, since {doubt}" if doubt else reason,
         outcome=outcome,
     )
+
+
+def _check_ports(student: ov.Model, teacher: ov.Model) -> None:
+    """Raises `DistillationError` where inputs or outputs are not the teacher's, in its order."""
+    ports = [(len(model.inputs), len(model.outputs)) for model in (student, teacher)]
+    if ports[0] != ports[1]:
+        raise DistillationError(f"the model has {ports[0]} inputs and outputs, and its teacher {ports[1]}")
+    for kind, own, its in (("input", student.inputs, teacher.inputs), ("output", student.outputs, teacher.outputs)):
+        for place, names in enumerate(port.get_names() for port in own):
+            places = [n for n, port in enumerate(its) if names & port.get_names()]
+            if places and place not in places:
+                raise DistillationError(
+                    f"{kind} '{min(names)}' is number {place} of the model and number {places[0]} of its teacher; "
+                    f"give both their {kind}s in the same order"
+                )
 
 
 def _check_labels(school: School) -> None:
@@ -228,7 +256,7 @@ def _material(student: Mirror, school: School, plan: DistillationPlan, run: Run)
     student_keys = [*(own for own, _, _ in pairs), *(own for own, _ in inner)]
     teacher_keys = [*(its for _, its, _ in pairs), *(its for _, its in inner)]
     count = len(pairs)
-    examples = _examples(teacher, inputs[:_EXAMPLES], teacher_keys)
+    examples = examples_of(teacher, inputs[:EXAMPLES], teacher_keys)
     # Masks hold what is not finite: nothing can be matched there.
     matched = [n for n, (values, _) in enumerate(examples) if n < count or bool(torch.isfinite(values).all())]
     is_batched = school.is_batched and check_batches(student, inputs[:3])
@@ -295,19 +323,6 @@ def _held_bytes(model: ov.Model) -> int:
             live.add(node.get_name())
             held += sum(map(bytes_of, node.outputs()))
     return held
-
-
-def _examples(teacher: Mirror, calls: Sequence[Batch], keys: Sequence[Key]) -> list[tuple[Any, frozenset[int]]]:
-    """The teacher's values on some calls, as far as memory has room for them; see `stacked`."""
-    values: list[list[Any]] = []
-    size = 0
-    with torch.no_grad():
-        for call in calls:
-            values.append(teacher([wide(x) for x in call], keys))
-            size += sum(4 * each.numel() for each in values[-1])
-            if size > EXAMPLE_BYTES and len(values) > 1:
-                break
-    return [stacked([value[i] for value in values]) for i in range(len(keys))]
 
 
 def _inner_keys(student: Mirror, teacher: Mirror, call: Batch) -> list[tuple[Key, Key]]:

@@ -83,6 +83,8 @@ def distill(
     reading model and data raises.
     """
     require_torch()
+    if threads is not None and threads < 1:
+        raise InputError(f"threads: give 1 or more (got {threads})")
     make_interrupts_safe()
     from vinoopt.distillation.distiller import Run, train
     from vinoopt.distillation.school import open_school
@@ -93,13 +95,13 @@ def distill(
     say = on_event or (lambda event: None)
     deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
     if checkpoint is not None:
-        Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
+        _make_room(Path(checkpoint))
     plan = _plan(
         runs=(steps,),
         batch=usual_batch(master, dataset) if batch is None else batch,
         peak_rate=_rate(model, master) if peak_rate is None else peak_rate,
         inner_weight=inner_weight,
-        augments=augment is not False,
+        augments=bool(augment),
         label_weight=0.0 if labels is None else label_weight,
         are_scores=are_scores,
         seed=seed,
@@ -119,6 +121,12 @@ def distill(
     if checkpoint is not None and not result.outcome.is_cut:
         Path(checkpoint).unlink(missing_ok=True)
     return result
+
+
+def _make_room(checkpoint: Path) -> None:
+    if checkpoint.is_dir():
+        raise InputError(f"{checkpoint}: is a folder; name a file for the checkpoint, as {checkpoint / 'run.pt'}")
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _model(given: ov.Model | HoldsModel) -> ov.Model:

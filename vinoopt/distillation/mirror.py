@@ -253,7 +253,10 @@ def _own_batch(model: ov.Model) -> int | None:
 
 
 def _ending(result: ov.Node) -> Ending | None:
-    source = result.input_value(0).get_node()
+    value = result.input_value(0)
+    while value.get_node().get_type_name() == "Convert" and value.get_element_type().is_real():
+        value = value.get_node().input_value(0)
+    source = value.get_node()
     kind = source.get_type_name()
     if kind not in _ENDINGS:
         return None

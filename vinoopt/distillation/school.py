@@ -21,6 +21,7 @@ from vinoopt.distillation.losses import stacked
 from vinoopt.distillation.mirror import Mirror
 from vinoopt.distillation.rules import failing, wide
 from vinoopt.distillation.training import Batch
+from vinoopt.distillation.weights import Key
 from vinoopt.errors import DistillationError
 
 HELD_SHARE, MOST_HELD = 0.1, 384
@@ -36,8 +37,8 @@ HELD_BYTES, INPUT_BYTES = 512 << 20, 1 << 30
 """Of the calls that are held back with their outputs; of inputs that stay in memory, not read anew in every step."""
 CHECKED = 4
 """Calls on which a mirror has to equal OpenVINO."""
-_SHOWN = 8
-"""Calls that tell what an output's rows are."""
+EXAMPLES, EXAMPLE_BYTES = 32, 256 << 20
+"""Calls whose values tell what the teacher's outputs are, and how far they spread: so many, or of so many bytes."""
 _SIGNED_CALLS = 32
 """Of the inputs, in a checkpoint's signature."""
 
@@ -84,21 +85,24 @@ class School:
     """Where PyTorch trains."""
     are_scores: bool
     """Whether outputs that look like class scores are taken for such."""
+    examples: Sequence[tuple[Any, frozenset[int]]]
+    """Per output the teacher's values on some inputs, and the axes along which sizes differ; see `stacked`."""
     detectors: Sequence[Detector | None]
     """Per output the layout of its rows, where they are a detector's."""
 
 
 def check_can_teach(teacher: ov.Model, data: Dataset) -> None:
     """What can be said before any long work: raises the errors of `open_school` that one input shows."""
-    _check(teacher, len(data))
+    _check(teacher, data)
     with failing("making the teacher's image in PyTorch"):
         mirror = Mirror(teacher.clone(), trains=False)
         check_equality(mirror, _Calls(data, _names(teacher, data))[:1])
 
 
-def _check(teacher: ov.Model, count: int) -> None:
-    if count < LEAST_INPUTS:
-        raise DistillationError(f"{count} inputs are too few to distil from; give at least {LEAST_INPUTS}")
+def _check(teacher: ov.Model, data: Dataset) -> None:
+    if len(data) < LEAST_INPUTS:
+        given = f"{len(data)} inputs" if data.batch == 1 else f"{len(data)} calls of {data.batch} samples"
+        raise DistillationError(f"{given} are too few to distil from; give at least {LEAST_INPUTS}")
     if not any(output.get_element_type().is_real() for output in teacher.outputs):
         raise DistillationError(
             "all outputs are whole numbers, which have no gradient; end the model before its ArgMax or TopK"
@@ -112,7 +116,7 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int, are_scores: bool
     Raises `DistillationError` for an operator without a rule, for a mirror that does not equal OpenVINO, for
     outputs without a gradient, and for too few inputs.
     """
-    _check(teacher, len(data))
+    _check(teacher, data)
     names = _names(teacher, data)
     order = np.random.default_rng(seed).permutation(len(data))
     count = _held_count(sized_like(teacher, _Calls(data, names)[0]), data)
@@ -127,7 +131,9 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int, are_scores: bool
     if is_batched and teacher.is_dynamic():
         is_batched = len({tuple(x.shape for x in call) for part in (inputs, held_calls) for call in part}) == 1
     with failing("running the teacher's image in PyTorch"):
-        detectors = _detectors(mirror, inputs[:_SHOWN])
+        examples = examples_of(mirror, inputs[:EXAMPLES], mirror.results)
+    results = mirror.model.get_results()
+    detectors = [find_detector(result, *each) for result, each in zip(results, examples, strict=True)]
     where = _placed(mirror, inputs[0])
     is_numbered = isinstance(learn.labels, np.ndarray) and learn.labels.dtype.kind in "iu"
     known = learn.labels if is_numbered else None
@@ -144,16 +150,22 @@ def open_school(teacher: ov.Model, data: Dataset, *, seed: int, are_scores: bool
         digest=digest_of(teacher, [*inputs[:_SIGNED_CALLS], [torch.tensor(len(data))], labels or []]),
         device=where,
         are_scores=are_scores,
+        examples=examples,
         detectors=detectors,
     )
 
 
-def _detectors(mirror: Mirror, calls: Sequence[Batch]) -> list[Detector | None]:
+def examples_of(teacher: Mirror, calls: Sequence[Batch], keys: Sequence[Key]) -> list[tuple[Any, frozenset[int]]]:
+    """The teacher's values on some calls, as far as memory has room for them; see `stacked`."""
+    values: list[list[Any]] = []
+    size = 0
     with torch.no_grad():
-        values = [mirror([wide(x) for x in call], mirror.results) for call in calls]
-    columns = (stacked([value[place] for value in values]) for place in range(len(mirror.results)))
-    results = mirror.model.get_results()
-    return [find_detector(result, *column) for result, column in zip(results, columns, strict=True)]
+        for call in calls:
+            values.append([value.cpu() for value in teacher([wide(x) for x in call], keys)])
+            size += sum(4 * each.numel() for each in values[-1])
+            if size > EXAMPLE_BYTES and len(values) > 1:
+                break
+    return [stacked([value[i] for value in values]) for i in range(len(keys))]
 
 
 def _placed(mirror: Mirror, call: Batch) -> str:

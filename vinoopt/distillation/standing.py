@@ -11,7 +11,7 @@ import openvino as ov
 import torch
 from scipy import stats
 
-from vinoopt.accuracy.evaluate import predict
+from vinoopt.accuracy.evaluate import Predictions, predict
 from vinoopt.distillation.losses import Loss, OutputLoss, output_loss, stacked
 from vinoopt.distillation.rules import failing
 from vinoopt.distillation.school import School
@@ -77,17 +77,24 @@ def _mean_and_error(differences: np.ndarray[Any, Any]) -> tuple[float, float]:
     return float(differences.mean()), error * float(stats.t.ppf(stats.norm.cdf(1), count - 1))
 
 
+def _tensors(predictions: Predictions) -> list[list[Any]]:
+    """Outputs in their order, call by call; half precision has no room for what losses compute."""
+    values = [[torch.tensor(v) for v in call.values()] for call in predictions]
+    return [[v.float() if v.is_floating_point() else v for v in call] for call in values]
+
+
 class Departure:
     """Compares a model's outputs on the inputs kept for judgement with the teacher's, by the losses of training."""
 
     def __init__(self, school: School) -> None:
         self.data = school.judged
         endings = school.mirror.endings
-        self.wanted = [[torch.tensor(v) for v in call.values()] for call in school.reference]
+        self.wanted = _tensors(school.reference)
         columns = [[call[place] for call in self.wanted] for place in range(len(endings))]
         outputs: list[OutputLoss] = []
-        for values, ending, detector in zip(columns, endings, school.detectors, strict=True):
-            examples, open_axes = stacked(values)
+        parts = zip(school.examples, columns, endings, school.detectors, strict=True)
+        for (examples, axes), values, ending, detector in parts:
+            open_axes = axes | stacked(values)[1]
             outputs.append(
                 output_loss(
                     examples,
@@ -103,7 +110,7 @@ class Departure:
     def of(self, model: ov.Model) -> Standing:
         """The standing of a model as it is deployed."""
         with failing("running the model in OpenVINO"):
-            outputs = [[torch.tensor(v) for v in call.values()] for call in predict(model, self.data)]
+            outputs = _tensors(predict(model, self.data))
         pairs = list(zip(outputs, self.wanted, strict=True))
         shares = [self.loss.agreement(own, its) for own, its in pairs]
         known = np.array([math.nan if share is None else float(share) for share in shares])

@@ -13,6 +13,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from vinoopt.distillation.augment import Augment
 from vinoopt.distillation.losses import Loss, cross_entropy
 from vinoopt.distillation.mirror import Mirror
-from vinoopt.distillation.rules import FOREIGN_ERRORS, failing, wide
+from vinoopt.distillation.rules import FOREIGN_ERRORS, failing, first_line, wide
 from vinoopt.distillation.weights import Key
 from vinoopt.errors import DistillationError
 
@@ -35,7 +36,10 @@ _SMALLEST_SIZE = 1e-3
 _PATIENT = 0.75
 """Share of a run before which it is not ended early: while the rate is high no state looks like the best."""
 _REPORTS, _FIRST_LOOK = 20, 10
-"""In a whole run, at even distances; and the first that looks at the held-back inputs, as none is best before."""
+"""In a whole run, at even distances; and the first from which every one looks at the held-back inputs, as none is
+best before."""
+_EARLY_LOOKS = frozenset({3, 6})
+"""Reports that look as well, to tell how a run goes."""
 _LEAST_BETTER, _TINY_LOSS = 1e-4, 1e-7
 """Of the best loss, and absolute: what a new best must be below it by. Less is the rounding of sums."""
 _HALF_NOISE, _OWN_NOISE = 0.01, 0.1
@@ -64,8 +68,6 @@ class TrainingSettings:
     patience: int = 6
     """Looks at the held-back inputs that are no better than earlier ones before the run is ended early."""
     seed: int = 0
-    threads: int | None = None
-    """PyTorch's; None: as they are. Results are the same in every run with one."""
     may_keep_first: bool = True
     """Whether the state before the first step is the result where no later one looks better. A state that earlier
     looks at the same inputs have chosen seems better there than it is: then it must not be compared by them."""
@@ -101,6 +103,8 @@ class Outcome:
     """Of them, beginning and looking at the held-back inputs."""
     reason: str
     """Why it ended: `done`, `no better for a while`, `time limit`, `not finite`."""
+    unsaved: str = ""
+    """Why the run has no checkpoint any more, where one could not be written."""
 
     @property
     def step_s(self) -> float:
@@ -161,30 +165,32 @@ class Training:
     _stale: int = 0
     _spent: float = 0.0
     _looking: float = 0.0
+    _look_s: float = 0.0
+    """Of the last look."""
     _started: float = 0.0
     _halves: bool = False
     """Whether the teacher computes in bfloat16 while training."""
     _own_halves: bool = False
     """Whether the student does."""
+    _before_step: tuple[list[int], Any] | None = None
+    """Where order and generator were before the step that is being taken."""
+    _is_changing: bool = False
+    """Whether parameters are being changed: half of a step is no state to go on from."""
+    _unsaved: str = ""
 
     def run(self) -> Outcome:
         """Train until done, too late, or no better; leaves the best state in the student.
 
         An interrupt leaves a checkpoint, where one has a place, and goes on its way.
         """
-        threads = torch.get_num_threads()
-        if self.settings.threads is not None:
-            torch.set_num_threads(self.settings.threads)
         try:
             with failing("beginning to train"):
                 self._begin()
             return self._run()
         except BaseException as exc:
             if not isinstance(exc, Exception):
-                self._save()
+                self._save_interrupted()
             raise
-        finally:
-            torch.set_num_threads(threads)
 
     def _begin(self) -> None:
         self._started = time.monotonic()
@@ -213,19 +219,21 @@ class Training:
         mark = int(_REPORTS * self._step / steps)
         while self._step < steps:
             began = time.monotonic()
+            self._before_step = self._order, self._generator.get_state()
             loss = self._one_step()
             self._step += 1
+            self._before_step, self._is_changing = None, False
             step_s = time.monotonic() - began
             if not math.isfinite(loss):
                 reason = NOT_FINITE
                 break
             self._running = loss if self._running is None else 0.95 * self._running + 0.05 * loss
-            is_late = self.deadline is not None and time.monotonic() + step_s > self.deadline
+            is_late = self.deadline is not None and time.monotonic() + step_s + self._look_s > self.deadline
             is_last = is_late or self._step == steps
             now = int(_REPORTS * self._share() + 1e-9)
             if now > mark or is_last:
                 mark = now
-                if now >= _FIRST_LOOK or is_last:
+                if now >= _FIRST_LOOK or now in _EARLY_LOOKS or is_last:
                     self._look()
                 self._report()
             if (is_late and self._step < steps) or self._is_stale():
@@ -245,6 +253,7 @@ class Training:
             seconds=self._spent + time.monotonic() - self._started,
             looking_s=self._looking,
             reason=reason,
+            unsaved=self._unsaved,
         )
 
     def _may_halve(self) -> bool:
@@ -296,7 +305,7 @@ class Training:
         by_steps = self._step / self.settings.steps
         if self.deadline is None:
             return by_steps
-        whole = max(self.deadline - self._started, 1e-9)
+        whole = max(self.deadline - self._look_s - self._started, 1e-9)
         return min(max(by_steps, (time.monotonic() - self._started) / whole), 1.0)
 
     def _is_stale(self) -> bool:
@@ -329,6 +338,7 @@ class Training:
                 loss.backward()
                 total += float(loss.detach())
             if math.isfinite(total) and self._are_grads_finite():
+                self._is_changing = True
                 self._optimizer.step()
         return total
 
@@ -397,13 +407,15 @@ class Training:
         self._agreement = sum(agreeing) / sum(sizes) if agreeing else None
         self._held_loss = loss = loss if math.isfinite(loss) else math.inf
         self._looked_at = self._step
-        self._stale += 1
-        if self._step and _is_below(loss, self._lowest_since):
-            self._lowest_since, self._stale = loss, 0
+        if self._share() >= _FIRST_LOOK / _REPORTS:
+            self._stale += 1
+            if _is_below(loss, self._lowest_since):
+                self._lowest_since, self._stale = loss, 0
         if not self._best or _is_below(loss, self._best_loss):
             self._best_loss, self._best_step = loss, self._step
             self._best = [p.detach().clone() for p in self._parameters]
-        self._looking += time.monotonic() - began
+        self._look_s = time.monotonic() - began
+        self._looking += self._look_s
 
     def _report(self) -> None:
         steps = self.settings.steps
@@ -432,25 +444,38 @@ class Training:
 
     # ------------------------------------------------------------------ checkpoints
 
+    def _save_interrupted(self) -> None:
+        """Save where the last whole step ended; what is saved already stays where that is not known any more."""
+        if self._step == 0 or self._is_changing:
+            return
+        if self._before_step is not None:
+            self._order, state = self._before_step
+            self._generator.set_state(state)
+        self._save()
+
     def _save(self) -> None:
-        if self.checkpoint is None or not self._best:
+        """Write the checkpoint; a disk that refuses it ends no run."""
+        if self.checkpoint is None or not self._best or self._unsaved:
             return
         part = self.checkpoint.with_suffix(".part")
-        torch.save(
-            {
-                "signature": self.signature,
-                "step": self._step,
-                "parameters": [p.detach() for p in self._parameters],
-                "optimizer": self._optimizer.state_dict(),
-                "generator": self._generator.get_state(),
-                "order": self._order,
-                "best": self._best,
-                "numbers": {name: getattr(self, name) for name in _NUMBERS},
-                "spent": self._spent + time.monotonic() - self._started,
-            },
-            part,
-        )
-        part.replace(self.checkpoint)
+        state = {
+            "signature": self.signature,
+            "step": self._step,
+            "parameters": [p.detach() for p in self._parameters],
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+            "order": self._order,
+            "best": self._best,
+            "numbers": {name: getattr(self, name) for name in _NUMBERS},
+            "spent": self._spent + time.monotonic() - self._started,
+        }
+        try:
+            torch.save(state, part)
+            part.replace(self.checkpoint)
+        except (OSError, RuntimeError) as exc:  # PyTorch's own file writer raises the second
+            self._unsaved = first_line(exc)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
     def _resumed(self) -> bool:
         """Take up the checkpoint where there is one of the same run; all of it, or nothing."""
@@ -492,7 +517,7 @@ class Training:
 
 _NUMBERS = (
     "_best_step", "_best_loss", "_first_loss", "_held_loss", "_looked_at", "_agreement", "_running", "_looking",
-    "_halves", "_own_halves",
+    "_look_s", "_halves", "_own_halves",
 )  # fmt: skip
 """Of a run, kept in its checkpoint: numbers, and what was settled at its beginning."""
 
