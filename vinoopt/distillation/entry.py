@@ -78,9 +78,9 @@ def distill(
     `result.is_better` says whether training helped by more than chance; `result.before` and
     `result.after` are divergences of the outputs from the teacher's on held-back inputs that training never saw,
     computed by OpenVINO.
-    Raises `ExtraMissing` without PyTorch, `DistillationError` for an operator that has no rule or fails in PyTorch
-    and for outputs without a gradient, `DataError` for labels that are no classes of the first output, and what
-    reading model and data raises.
+    Raises `ExtraMissing` without PyTorch, `DistillationError` for an operator that has no rule or fails in PyTorch,
+    for outputs without a gradient, and for inputs or outputs that are not the teacher's in its order, `DataError` for
+    labels that are no classes of the first output, and what reading model and data raises.
     """
     require_torch()
     if threads is not None and threads < 1:
