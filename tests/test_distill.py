@@ -624,6 +624,8 @@ def test_a_nearer_model_is_doubted_only_where_it_lost_more_decisions_than_chance
     doubt = Standing(distances=0.7 * distances, agreements=after).doubt_over(before)
     assert ("fewer decisions" in doubt) == is_doubted
     assert Standing(distances=distances, agreements=after).doubt_over(before)  # not nearer
+    hardly = Standing(distances=0.9 * distances, agreements=agreements).doubt_over(before)
+    assert "10% nearer" in hardly  # for certain, and not worth it
 
 
 @pytest.mark.parametrize(("far_away", "is_doubted"), [(2.1, False), (2.3, True), (1.0, False)])

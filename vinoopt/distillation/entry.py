@@ -75,7 +75,7 @@ def distill(
     from `checkpoint`; Ctrl-C still raises `KeyboardInterrupt`. The result is the same in every run with `threads=1`
     and no time limit.
 
-    `result.is_better` says whether training helped by more than chance; `result.before` and
+    `result.is_better` says whether training helped, by a fifth and by more than chance; `result.before` and
     `result.after` are divergences of the outputs from the teacher's on held-back inputs that training never saw,
     computed by OpenVINO.
     Raises `ExtraMissing` without PyTorch, `DistillationError` for an operator that has no rule or fails in PyTorch,

@@ -18,6 +18,9 @@ from vinoopt.distillation.school import School
 
 _LEAST_DISTANCE, _TINY = 0.01, 1e-12
 """What is added to distances before their logarithms are taken: a share of their mean, or so much at least."""
+_WORTHWHILE = 0.2
+"""Share of the distance that must be gone: what is nearer by less may decide worse on other inputs. (MobileNetV2 in
+INT8, 9% nearer after 117 steps on 27 held-back images, with the same decisions: 4 of 271 others lost.)"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -42,16 +45,20 @@ class Standing:
     def doubt_over(self, before: Standing) -> str:
         """Why this is not nearer than `before` by more than chance; empty where it is.
 
-        The mean distance must fall by more than its standard error. Or it must fall, and the mean of its logarithms
-        by more than theirs: of a few inputs, one that is far away may hold most of the mean, and most of its error.
+        The mean distance must fall by more than its standard error, and by a fifth. Or it must fall, and the mean of
+        its logarithms by as much and more than theirs: of a few inputs, one that is far away may hold most of the
+        mean, and most of its error.
         """
         gain, error = _mean_and_error(before.distances - self.distances)
-        if not gain > error:
-            own, its = (np.maximum(each.distances, 0.0) for each in (self, before))
-            least = max(_LEAST_DISTANCE * float(its.mean()), _TINY)
-            usual_gain, usual_error = _mean_and_error(np.log((its + least) / (own + least)))
-            if not (gain > 0 and usual_gain > usual_error):
-                return f"that is no more than chance (standard error {error:.2g})"
+        own, its = (np.maximum(each.distances, 0.0) for each in (self, before))
+        least = max(_LEAST_DISTANCE * float(its.mean()), _TINY)
+        usual_gain, usual_error = _mean_and_error(np.log((its + least) / (own + least)))
+        if not (gain > error or (gain > 0 and usual_gain > usual_error)):
+            return f"that is no more than chance (standard error {error:.2g})"
+        usual_share = 1 - math.exp(-usual_gain) if usual_gain > usual_error else 0.0
+        share = max(gain / max(before.distance, _TINY), usual_share)
+        if share < _WORTHWHILE:
+            return f"that is {share:.0%} nearer, and less than {_WORTHWHILE:.0%} is not worth other weights"
         if self.agreements is None or before.agreements is None:
             return ""
         loss, error = _mean_and_error(before.agreements - self.agreements)

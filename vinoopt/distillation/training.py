@@ -46,6 +46,8 @@ _HALF_NOISE, _OWN_NOISE = 0.01, 0.1
 """Of the student's loss, what teacher and student in bfloat16 may be away from themselves. Contractions take half the
 time where the CPU has such arithmetic. The teacher's rounding must not be what is learned; the student's own is noise
 beside that of its quantizers, and no look at the held-back inputs has it."""
+_LOOK_GAP = 2.0
+"""Between looks, in times of one: on a busy machine they must not take the time of the steps."""
 _CHECKPOINT_S = 60.0
 TIME_LIMIT, NOT_FINITE = "time limit", "not finite"
 
@@ -167,6 +169,7 @@ class Training:
     _looking: float = 0.0
     _look_s: float = 0.0
     """Of the last look."""
+    _looked_until: float = 0.0
     _started: float = 0.0
     _halves: bool = False
     """Whether the teacher computes in bfloat16 while training."""
@@ -233,7 +236,8 @@ class Training:
             now = int(_REPORTS * self._share() + 1e-9)
             if now > mark or is_last:
                 mark = now
-                if now >= _FIRST_LOOK or now in _EARLY_LOOKS or is_last:
+                is_due = now >= _FIRST_LOOK or now in _EARLY_LOOKS
+                if is_last or (is_due and self._may_look()):
                     self._look()
                 self._report()
             if (is_late and self._step < steps) or self._is_stale():
@@ -255,6 +259,10 @@ class Training:
             reason=reason,
             unsaved=self._unsaved,
         )
+
+    def _may_look(self) -> bool:
+        """Whether enough time went into steps since the last look, where time is short."""
+        return self.deadline is None or time.monotonic() > self._looked_until + _LOOK_GAP * self._look_s
 
     def _may_halve(self) -> bool:
         """Whether the teacher may be asked in bfloat16."""
@@ -414,7 +422,8 @@ class Training:
         if not self._best or _is_below(loss, self._best_loss):
             self._best_loss, self._best_step = loss, self._step
             self._best = [p.detach().clone() for p in self._parameters]
-        self._look_s = time.monotonic() - began
+        self._looked_until = time.monotonic()
+        self._look_s = self._looked_until - began
         self._looking += self._look_s
 
     def _report(self) -> None:
