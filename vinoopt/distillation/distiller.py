@@ -103,8 +103,8 @@ def train(student: ov.Model, school: School, plan: DistillationPlan, run: Run) -
     """`student` after the last run of `plan`, trained towards the school's teacher.
 
     Never further from the teacher than it was: what counts is the divergence of the outputs on held-back inputs that
-    had no part in training, computed by OpenVINO as deployed. It must fall by more than chance, that is, by
-    one standard error, and by a fifth (`Standing.doubt_over`), and the share of the teacher's decisions must not fall by as much.
+    had no part in training, computed by OpenVINO as deployed. It must fall by a fifth, and by more than chance, that
+    is, by one standard error (`Standing.doubt_over`), by which the share of the teacher's decisions must not fall.
     With `run.is_judged_later` none of this is asked for. Raises `DistillationError` as `open_school` does.
     """
     if plan.label_weight:
