@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from vinoopt.distillation.training import (
     Progress,
     Training,
     TrainingSettings,
+    pace,
 )
 from vinoopt.distillation.weights import Key
 from vinoopt.errors import DataError, DistillationError
@@ -41,10 +41,6 @@ STEP_BYTES = 2 << 30
 _JOINS = frozenset({"Add"})
 _MOST_INNER = 6
 _PACE_STEPS = 10
-_WHOLE_STEPS, _LEAST_SHARE = 600, 0.25
-"""A shorter run goes more slowly, with the root of its length, down to that of this share: what a high rate stirs up
-needs time to settle (a CIFAR ResNet-20 that lost a quarter of its inner channels ended nearer after 150 steps with
-0.003 than with 0.01, and after 600 with 0.01)."""
 _RANGE_RATE = 0.001
 """Peak rate of ranges, whose factors are logarithms, whatever that of weights is: those that were only rounded have
 hardly to move, their scales and the ranges that calibration chose have. (YOLOX-Nano in INT8 by the mixed preset, 150
@@ -217,8 +213,7 @@ def _check_labels(school: School) -> None:
 def last_rate(plan: DistillationPlan) -> float:
     """The peak rate of the plan's last run."""
     *earlier, steps = plan.runs
-    share = min(max(steps / _WHOLE_STEPS, _LEAST_SHARE), 1.0)
-    rate: float = plan.peak_rate * math.sqrt(share) * _LATER_RATE ** len(earlier)
+    rate: float = plan.peak_rate * pace(steps) * _LATER_RATE ** len(earlier)
     return rate
 
 
