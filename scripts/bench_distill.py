@@ -46,6 +46,7 @@ from bench_pruning import outcome, side_by_side
 import vinoopt
 from vinoopt.accuracy.datasets import Dataset
 from vinoopt.accuracy.evaluate import Scores, paired_drop
+from vinoopt.accuracy.metrics import Metric, find_metric
 from vinoopt.bench import Contestant, MeasureConfig, measure
 from vinoopt.compression.quantize import quantize
 from vinoopt.compression.widths import prepare
@@ -164,6 +165,8 @@ def _trained(
     metric = case.metric_for(source)
     whole = _standing(case, source, [(source.model, test) for _, test in halves], F32)
     scores = {"float": whole, **{title: _standing(case, source, each) for title, each in models.items()}}
+    like = find_metric("auto", outputs=source.outputs, has_labels=False)
+    likeness = {title: _standing(case, source, each, by=like).value for title, each in models.items()}
     limits = AccuracyBudget(metric=metric.name, max_drop=options.max_drop)
     drops = {t: paired_drop(metric, whole, scores[t], budget=limits, seed=0) for t in ("before", "after")}
     return {
@@ -172,6 +175,7 @@ def _trained(
         "judged_on": len(whole.statistics),
         **{title: round(each.value, 4) for title, each in scores.items()},
         "drops": {title: [round(x, 4) for x in (drop.value, drop.low, drop.high)] for title, drop in drops.items()},
+        f"{like.name} with float": {title: round(value, 4) for title, value in likeness.items()},
         "divergence": [[result.before, result.after] for result in results],
         "is_better": [result.is_better for result in results],
         "steps": [result.outcome.steps for result in results],
@@ -191,9 +195,11 @@ def _standing(
     source: SourceModel,
     models: Sequence[tuple[ov.Model, Dataset]],
     properties: Mapping[str, str] | None = None,
+    *,
+    by: Metric | None = None,
 ) -> Scores:
-    """The metric over several parts, each as its own model answers it."""
-    metric = case.metric_for(source)
+    """The case's metric, or another, over several parts, each as its own model answers it."""
+    metric = by or case.metric_for(source)
     parts = [
         judged(model, properties or {}, test, metric, reference_for(metric, source, test)) for model, test in models
     ]
