@@ -245,7 +245,8 @@ def test_an_error_of_pytorch_is_ours_and_leaves_the_model_alone() -> None:
     assert bytes_of(student) == before
 
 
-def test_a_limited_run_can_be_continued(tmp_path: Path) -> None:
+def test_a_limited_run_can_be_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vinoopt.distillation.training._PATIENT", 2.0)  # nothing but time ends it
     place = tmp_path / "run.pt"
     first = distilled(100_000, time_limit_s=2.0, checkpoint=place)
     assert first.outcome.is_cut, first.reason

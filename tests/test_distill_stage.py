@@ -27,7 +27,7 @@ from vinoopt.compression.quantize import import_nncf  # noqa: E402
 from vinoopt.compression.search import SearchResult  # noqa: E402
 from vinoopt.demo import demo_files  # noqa: E402
 from vinoopt.distillation import stage  # noqa: E402
-from vinoopt.distillation.distiller import Cost, Distilled  # noqa: E402
+from vinoopt.distillation.distiller import Cost, Distilled, cost_of  # noqa: E402
 from vinoopt.distillation.stage import Runner, StageOptions, distill_beyond, worth_a_run  # noqa: E402
 from vinoopt.distillation.training import Outcome  # noqa: E402
 from vinoopt.errors import DistillationError  # noqa: E402
@@ -398,7 +398,13 @@ def test_the_deadline_ends_the_stage(tmp_path: Path) -> None:
 
 
 def test_a_run_that_time_cuts_counts_for_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hopeful(*args: Any) -> Cost:
+        cost = cost_of(*args)
+        return replace(cost, step_s=cost.step_s / 4)
+
     monkeypatch.setattr(stage, "_PATIENCE", 0.3)
+    monkeypatch.setattr("vinoopt.distillation.distiller.cost_of", hopeful)
+    monkeypatch.setattr("vinoopt.distillation.training._PATIENT", 2.0)  # nothing but time ends a run early
     judge = judge_in(tmp_path, max_drop=0.0)
     options = StageOptions(deadline=time.monotonic() + 16.0)
     result = distill_beyond(judge, found_by(judge, {0.0: 4}), options, say=lambda text: None)
