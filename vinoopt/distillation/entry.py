@@ -65,19 +65,20 @@ def distill(
     a key, as in `compile`; True: those of a `Dataset`) are given: their cross entropy is added with `label_weight`.
 
     A step takes `batch` samples, by default 64, or 16 of what moves much, as photographs do. `peak_rate` is the
-    largest change of a weight per step, relative to its tensor's size; by default 0.01 for a model with fewer weights
-    than its teacher, else 0.0001. Ranges move by up to 0.001 of their size. With less than 600 steps both
-    are lowered by the root of their share, to half at most. `augment` mirrors, shifts and mixes images (True; one
-    channel of floats is not taken for one), leaves inputs as they are (False), or is a function of the inputs of one
-    batch and a `torch.Generator`. With `are_scores` false an output of class scores' shape ([B, C]) that no softmax
-    follows is compared by its values: coordinates and embeddings, say, may read like scores. Of a detector's rows,
-    boxes count where the teacher is sure of an object. A run that was interrupted, or cut by the time limit, goes on
-    from `checkpoint`; Ctrl-C still raises `KeyboardInterrupt`. The result is the same in every run with `threads=1`
-    and no time limit.
+    largest change of a weight per step, relative to its tensor's size; by default 0.01 for a model with fewer
+    weights than its teacher, else 0.0001. Ranges move by up to 0.001 of their size. With less than 600 steps, or
+    time for no more, both are lowered by the root of their share, to half at most. `augment` mirrors, shifts and
+    mixes images (True; one channel of floats is not taken for one), leaves inputs as they are (False), or is a
+    function of the inputs of one batch and a `torch.Generator`. With `are_scores` false an output of class scores'
+    shape ([B, C]) that no softmax follows is compared by its values: coordinates and embeddings, say, may read like
+    scores. Of a detector's rows, boxes count where the teacher is sure of an object. A run that was interrupted, or
+    cut by the time limit, goes on from `checkpoint`; Ctrl-C still raises `KeyboardInterrupt`. The result is the
+    same in every run with `threads=1` and no time limit.
 
     `result.is_better` says whether training helped, by a fifth and by more than chance; `result.before` and
     `result.after` are divergences of the outputs from the teacher's on held-back inputs that training never saw,
     computed by OpenVINO.
+
     Raises `ExtraMissing` without PyTorch, `DistillationError` for an operator that has no rule or fails in PyTorch,
     for outputs without a gradient, and for inputs or outputs that are not the teacher's in its order, `DataError` for
     labels that are no classes of the first output, and what reading model and data raises.
