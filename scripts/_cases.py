@@ -200,11 +200,19 @@ def _calibrated(name: str, shaped: Callable[[np.ndarray], np.ndarray]) -> Parts:
 
 def _pictures(folder: str, labels: str, source: SourceModel) -> tuple[np.ndarray, Any]:
     """All images of a folder as they are fed, and what their labels are."""
-    place = SHARED / "data" / folder
-    dataset = load_dataset(
-        str(place / "images"), inputs=source.inputs, labels=str(place / labels), preprocess=source.preprocess
+    dataset = _images(folder, source, labels=str(SHARED / "data" / folder / labels))
+    return _fed(dataset, source), dataset.labels
+
+
+def _images(folder: str, source: SourceModel, *, labels: str | None = None) -> Dataset:
+    return load_dataset(
+        str(SHARED / "data" / folder / "images"), inputs=source.inputs, labels=labels, preprocess=source.preprocess
     )
-    return np.concatenate([sample[source.inputs[0].name] for sample in dataset]), dataset.labels
+
+
+def _fed(dataset: Dataset, source: SourceModel) -> np.ndarray:
+    """All samples of the first input in one array."""
+    return np.concatenate([sample[source.inputs[0].name] for sample in dataset])
 
 
 def _imagenet(source: SourceModel) -> Parts:
@@ -224,21 +232,15 @@ def _people(source: SourceModel) -> Parts:
 
 def _photographs(source: SourceModel) -> Parts:
     """Images without labels."""
-    dataset = load_dataset(
-        str(SHARED / "data" / "coco_train128" / "images"), inputs=source.inputs, preprocess=source.preprocess
-    )
-    return _divided(np.concatenate([sample[source.inputs[0].name] for sample in dataset]), None)
+    return _divided(_fed(_images("coco_train128", source), source), None)
 
 
-def photographs(case: Case, source: SourceModel, count: int) -> np.ndarray:
+def further_photographs(case: Case, source: SourceModel, count: int) -> np.ndarray:
     """Further images as the model takes them, without labels: some of ImageNet's, for a case that has COCO's few."""
     if case.load not in (_objects, _people, _photographs):
         raise SystemExit(f"{case.model.name} has no images of COCO, which images of ImageNet could stand beside")
-    images = load_dataset(
-        str(SHARED / "data" / "imagenet_val" / "images"), inputs=source.inputs, preprocess=source.preprocess
-    )
-    picked = images.subset(np.random.default_rng(0).permutation(len(images))[:count])
-    return np.concatenate([sample[source.inputs[0].name] for sample in picked])
+    images = _images("imagenet_val", source)
+    return _fed(images.subset(np.random.default_rng(0).permutation(len(images))[:count]), source)
 
 
 def _noise(source: SourceModel) -> Parts:

@@ -35,8 +35,8 @@ from _cases import (
     cases,
     compiled,
     data_of,
+    further_photographs,
     judged,
-    photographs,
     ratio,
     reference_for,
     whole_calls,
@@ -86,7 +86,7 @@ def recover(name: str, options: argparse.Namespace) -> dict[str, Any]:
             plain.append((quantize(source.model, QuantizationPlan(), learn, device=Device.CPU), test))
         return quantize(source.model, recipe, learn, device=Device.CPU)
 
-    more = photographs(case, source, options.more) if options.more else None
+    more = further_photographs(case, source, options.more) if options.more else None
     row = _trained(case, source, student, lessons(case, source, both=options.both), options, more=more)
     if plain:
         row["plain"] = round(_standing(case, source, plain).value, 4)
