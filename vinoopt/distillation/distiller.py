@@ -168,7 +168,7 @@ def _trained(student: ov.Model, school: School, plan: DistillationPlan, run: Run
         doubt = "the loss was not finite in the last step, before any that made it better: a lower peak_rate may help"
     reason = f"{outcome.steps} of {plan.runs[-1]} steps ({outcome.reason}): {after.words_after(before)}"
     if outcome.unsaved:
-        reason += f"; no checkpoint was written ({outcome.unsaved})"
+        reason += f"; no checkpoint was written to {run.checkpoint} ({outcome.unsaved}): name another place"
     return Distilled(
         model=student.clone() if doubt else trained,
         plan=plan,
