@@ -640,6 +640,20 @@ def test_one_input_far_away_does_not_hide_that_the_others_came_nearer(far_away: 
     assert Standing(distances=mixed, agreements=None).doubt_over(Standing(distances=before, agreements=None))
 
 
+def test_a_channel_of_small_weights_is_moved_in_its_own_measure() -> None:
+    teacher = network()
+    weights = {name: value.copy() for name, value in network.made.items()}  # type: ignore[attr-defined]
+    weights["a.w"][0] *= 0.01
+    weights["a.b"][0, 0] = 1.0  # alive
+    student = network(weights=weights)
+    plan = DistillationPlan(runs=(10,), batch=16, peak_rate=0.01)
+    trained = train(student, open_school(teacher, data(), seed=0), plan, Run(threads=1, is_judged_later=True)).model
+    after = next(node for node in trained.get_ops() if node.get_friendly_name() == "a.w").get_data()
+    change, size = (np.sqrt(np.square(x).mean((1, 2, 3))) for x in (after - weights["a.w"], weights["a.w"]))
+    shares = change / size
+    assert 0 < shares[0] < 3 * shares[1:].max()
+
+
 @pytest.mark.parametrize(
     ("runs", "rate"),
     [

@@ -342,9 +342,9 @@ class DistillationPlan(Record):
     batch: int = Field(default=64, ge=1)
     """Samples per step."""
     peak_rate: float = Field(default=0.01, gt=0)
-    """Largest change of a weight per step, relative to the size of its tensor; 0.01 serves pruned models, less where
-    only rounding is to be made good. Ranges move by up to 0.001. Runs of less than 600 steps, and later ones, go
-    more slowly."""
+    """Largest change of a weight per step, relative to the size of the channel it makes; 0.01 serves pruned models,
+    less where only rounding is to be made good. Runs of less than 600 steps, and later ones, go more slowly. Ranges
+    move by up to 0.001, less in later runs."""
     inner_weight: float = Field(default=1.0, ge=0)
     """Of the errors where residual branches join, beside those of the outputs; 0: outputs only."""
     augments: bool = True

@@ -143,7 +143,7 @@ def _trained(student: ov.Model, school: School, plan: DistillationPlan, run: Run
             steps=plan.runs[-1],
             batch=plan.batch,
             peak_rate=last_rate(plan),
-            range_rate=_RANGE_RATE * last_rate(plan) / plan.peak_rate,
+            range_rate=_RANGE_RATE * _later(plan),
             inner_weight=plan.inner_weight,
             seed=plan.seed + len(plan.runs) - 1,
             may_keep_first=not run.is_judged_later,
@@ -212,9 +212,13 @@ def _check_labels(school: School) -> None:
 
 def last_rate(plan: DistillationPlan) -> float:
     """The peak rate of the plan's last run."""
-    *earlier, steps = plan.runs
-    rate: float = plan.peak_rate * pace(steps) * _LATER_RATE ** len(earlier)
+    rate: float = plan.peak_rate * pace(plan.runs[-1]) * _later(plan)
     return rate
+
+
+def _later(plan: DistillationPlan) -> float:
+    """What earlier runs leave of the rates of the last."""
+    return float(_LATER_RATE ** (len(plan.runs) - 1))
 
 
 def cost_of(student: ov.Model, school: School, plan: DistillationPlan) -> Cost:
