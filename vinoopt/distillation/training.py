@@ -5,8 +5,10 @@ figure serves networks of any scale (Shazeer & Stern 2018, arXiv 1804.04235, sec
 the tensor's size the channels that batch norms have folded small are stirred up: MobileNetV2's depthwise ones differ
 a hundredfold, and a rate that suited the large ones tripled the loss. It rises linearly over the first steps and
 falls along a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983), by the steps or by the time limit, whichever is
-nearer to its end. What is kept is the best state that the held-back inputs have seen, the first one included unless
-others judge what comes out.
+nearer to its end. What is kept is the last state that the held-back inputs do not call worse than the best one by
+more than a standard error (Breiman et al. 1984, "Classification and Regression Trees", the 1 SE rule): of a few
+inputs the lowest loss is chance, and later states have learned more at lower rates. The first state counts too,
+unless others judge what comes out.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vinoopt.distillation.augment import Augment
@@ -44,6 +47,8 @@ _EARLY_LOOKS = frozenset({3, 6})
 """Reports that look as well, to tell how a run goes."""
 _LEAST_BETTER, _TINY_LOSS = 1e-4, 1e-7
 """Of the best loss, and absolute: what a new best must be below it by. Less is the rounding of sums."""
+_BLOCKS = 12
+"""Of the held-back inputs, at least, where there are so many: their losses tell what is chance."""
 _HALF_NOISE, _OWN_NOISE = 0.01, 0.1
 """Of the student's loss, what teacher and student in bfloat16 may be away from themselves. Contractions take half the
 time where the CPU has such arithmetic. The teacher's rounding must not be what is learned; the student's own is noise
@@ -170,7 +175,9 @@ class Training:
     _looked_at: int = 0
     _agreement: float | None = None
     _running: float | None = None
-    _lowest_since: float = math.inf
+    _lowest: list[float] = field(default_factory=list)
+    """Losses of the best look, block by block."""
+    _lowest_since: list[float] = field(default_factory=list)
     """Of all looks behind the first one: what tells whether a run still gets better, from wherever it has been."""
     _stale: int = 0
     _spent: float = 0.0
@@ -218,7 +225,7 @@ class Training:
             self._first_loss = self._held_loss
             self._report()
             if not self.settings.may_keep_first:
-                self._best_loss = math.inf
+                self._best_loss, self._lowest = math.inf, []
             if self._device.type == "cpu" and _has_bf16():
                 self._halves, self._own_halves = self._may_halve(), self._student_may_halve()
             self._looking = 0.0
@@ -412,7 +419,8 @@ class Training:
     # ------------------------------------------------------------------ held-back inputs
 
     def _held_chunks(self) -> list[Batch]:
-        held, most = self.material.held, self.material.together
+        held = self.material.held
+        most = min(self.material.together, math.ceil(len(held) / _BLOCKS))
         return [self._joined(held[i : i + most]) for i in range(0, len(held), most)]
 
     def _targets(self) -> list[list[Any]]:
@@ -435,13 +443,17 @@ class Training:
         self._agreement = sum(agreeing) / sum(sizes) if agreeing else None
         self._held_loss = loss = loss if math.isfinite(loss) else math.inf
         self._looked_at = self._step
-        if self._share() >= _FIRST_LOOK / _REPORTS:
-            self._stale += 1
-            if _is_below(loss, self._lowest_since):
-                self._lowest_since, self._stale = loss, 0
-        if not self._best or _is_below(loss, self._best_loss):
+        is_settling = self._share() >= _FIRST_LOOK / _REPORTS
+        if is_settling:
+            self._stale = 0 if _is_near(losses, self._lowest_since) else self._stale + 1
+            if _is_below(losses, self._lowest_since):
+                self._lowest_since = losses
+        is_lowest = _is_below(losses, self._lowest)
+        if not self._best or is_lowest or (is_settling and _is_near(losses, self._lowest)):
             self._best_loss, self._best_step = loss, self._step
             self._best = [p.detach().clone() for p in self._parameters]
+        if is_lowest:
+            self._lowest = losses
         self._looked_until = time.monotonic()
         self._look_s = self._looked_until - began
         self._looking += self._look_s
@@ -527,7 +539,7 @@ class Training:
         self._step, self._spent = state["step"], state["spent"]
         for name, value in state["numbers"].items():
             setattr(self, name, value)
-        self._lowest_since, self._stale = math.inf, 0  # with more time the rate is high again
+        self._lowest_since, self._stale = [], 0  # with more time the rate is high again
         return True
 
     def _fits(self, state: Mapping[str, Any]) -> bool:
@@ -546,7 +558,7 @@ class Training:
 
 _NUMBERS = (
     "_best_step", "_best_loss", "_first_loss", "_held_loss", "_looked_at", "_agreement", "_running", "_looking",
-    "_look_s", "_halves", "_own_halves",
+    "_look_s", "_halves", "_own_halves", "_lowest",
 )  # fmt: skip
 """Of a run, kept in its checkpoint: numbers, and what was settled at its beginning."""
 
@@ -557,9 +569,26 @@ def _has_bf16() -> bool:
     return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def _is_below(loss: float, best: float) -> bool:
-    """By more than the rounding of sums."""
-    return loss < best - max(_LEAST_BETTER * best, _TINY_LOSS) if math.isfinite(best) else loss < best
+def _is_below(losses: Sequence[float], lowest: Sequence[float]) -> bool:
+    """By more than the rounding of sums, on average; any that are finite are below none."""
+    if not np.isfinite(losses).all():
+        return False
+    return not lowest or float(np.mean(losses)) < float(np.mean(lowest)) - _rounding(lowest)
+
+
+def _is_near(losses: Sequence[float], lowest: Sequence[float]) -> bool:
+    """Whether they are below, or above by no more than the standard error of the differences."""
+    if _is_below(losses, lowest):
+        return True
+    if not lowest or len(losses) < 2 or not np.isfinite(losses).all():
+        return False
+    above = np.subtract(losses, lowest)
+    error = float(above.std(ddof=1)) / math.sqrt(len(above))
+    return error > _rounding(lowest) and float(above.mean()) <= error
+
+
+def _rounding(lowest: Sequence[float]) -> float:
+    return max(_LEAST_BETTER * float(np.mean(lowest)), _TINY_LOSS)
 
 
 def _has_rows(values: Any) -> bool:
