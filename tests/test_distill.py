@@ -24,6 +24,7 @@ from vinoopt.distillation.losses import output_loss  # noqa: E402
 from vinoopt.distillation.quantizers import Grid, fake_quantize  # noqa: E402
 from vinoopt.distillation.school import open_school  # noqa: E402
 from vinoopt.distillation.standing import Standing  # noqa: E402
+from vinoopt.distillation.training import is_near  # noqa: E402
 from vinoopt.errors import DataError, DistillationError, InputError  # noqa: E402
 from vinoopt.records import Device, DistillationPlan, Event, QuantizationPlan, TensorSpec  # noqa: E402
 
@@ -652,6 +653,20 @@ def test_a_channel_of_small_weights_is_moved_in_its_own_measure() -> None:
     change, size = (np.sqrt(np.square(x).mean((1, 2, 3))) for x in (after - weights["a.w"], weights["a.w"]))
     shares = change / size
     assert 0 < shares[0] < 3 * shares[1:].max()
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_as_good"),
+    [
+        ([0.9, 1.9, 2.9, 3.9], True),
+        ([0.9, 1.9, 2.9, 4.5], True),  # one of the four
+        ([1.2, 2.2, 3.1, 4.1], False),  # all of them
+        ([1.0, 2.0, 3.0, 4.0], False),  # the same: nothing was learned
+        ([0.9, 1.9, 2.9, math.inf], False),
+    ],
+)
+def test_a_later_state_is_as_good_within_a_standard_error(losses: list[float], is_as_good: bool) -> None:
+    assert is_near(losses, [1.0, 2.0, 3.0, 4.0]) == is_as_good
 
 
 @pytest.mark.parametrize(

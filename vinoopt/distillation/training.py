@@ -445,11 +445,11 @@ class Training:
         self._looked_at = self._step
         is_settling = self._share() >= _FIRST_LOOK / _REPORTS
         if is_settling:
-            self._stale = 0 if _is_near(losses, self._lowest_since) else self._stale + 1
+            self._stale = 0 if is_near(losses, self._lowest_since) else self._stale + 1
             if _is_below(losses, self._lowest_since):
                 self._lowest_since = losses
         is_lowest = _is_below(losses, self._lowest)
-        if not self._best or is_lowest or (is_settling and _is_near(losses, self._lowest)):
+        if not self._best or is_lowest or (is_settling and is_near(losses, self._lowest)):
             self._best_loss, self._best_step = loss, self._step
             self._best = [p.detach().clone() for p in self._parameters]
         if is_lowest:
@@ -576,7 +576,7 @@ def _is_below(losses: Sequence[float], lowest: Sequence[float]) -> bool:
     return not lowest or float(np.mean(losses)) < float(np.mean(lowest)) - _rounding(lowest)
 
 
-def _is_near(losses: Sequence[float], lowest: Sequence[float]) -> bool:
+def is_near(losses: Sequence[float], lowest: Sequence[float]) -> bool:
     """Whether they are below, or above by no more than the standard error of the differences."""
     if _is_below(losses, lowest):
         return True
