@@ -295,7 +295,8 @@ def test_what_is_trained_goes_back_into_the_model(kind: str, ends: tuple[float, 
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     mirror.write()
     assert len(mirror.values) == 2, "weight and bias"
-    assert len(mirror.factors) == (3 if ends[0] == -0.4 else 2), "scale and range, and the upper end of a skewed one"
+    factors = [*mirror.scales, *mirror.ranges]
+    assert len(factors) == (3 if ends[0] == -0.4 else 2), "scale and range, and the upper end of a skewed one"
     check_equality(mirror, calls(model))  # against the model as written
     check_equality(Mirror(model), calls(model))  # and read anew
     after = run(spelled_out(model), calls(model), {"INFERENCE_PRECISION_HINT": "f32"})
@@ -338,9 +339,9 @@ def test_weights_in_eight_bits_are_found_however_their_scale_is_given(kind: str)
     weight = op.multiply(scale, integers) if kind == "swapped" else op.multiply(integers, scale)
     model = graph(lambda x: op.matmul(x, weight, False, True), *ROW)
     mirror = Mirror(model)
-    assert len(mirror.values) == len(mirror.factors) == 1
+    assert len(mirror.values) == len(mirror.scales) == 1
     with torch.no_grad():
-        mirror.factors[0].add_(0.1)
+        mirror.scales[0].add_(0.1)
     mirror.write()
     check_equality(mirror, calls(model))
 

@@ -34,8 +34,10 @@ _ENDINGS = frozenset({"Softmax", "Sigmoid"})
 class _Range:
     """The factors of the ranges of all quantizers that were given the same range."""
 
-    def __init__(self, shape: Sequence[int], grid: Grid) -> None:
+    def __init__(self, shape: Sequence[int], grid: Grid, *, is_live: bool) -> None:
         self.grid = grid
+        self.is_live = is_live
+        """Whether they quantize values that hang on the inputs, not weights."""
         self.theta = torch.nn.Parameter(torch.zeros(tuple(shape)))
         self.phi = torch.nn.Parameter(torch.zeros(tuple(shape))) if grid.is_skewed else None
         """Of the upper end of a skewed range alone."""
@@ -94,10 +96,11 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
         """Whether quantizers of activations round; they always clamp."""
         self._steps = fused(self._read(model), self._kept_keys())
         values = [p for weight in self._weights for p in weight.parameters()[:1]]
-        factors = [p for weight in self._weights for p in weight.parameters()[1:]]
-        self.values = torch.nn.ParameterList(values)
-        ranges = [p for r in self._ranges.values() for p in (r.theta, r.phi) if p is not None]
-        self.factors = torch.nn.ParameterList([*factors, *ranges])
+        scales = [p for weight in self._weights for p in weight.parameters()[1:]]
+        ranges: dict[bool, list[Any]] = {True: [], False: scales}
+        for each in self._ranges.values():
+            ranges[each.is_live] += [p for p in (each.theta, each.phi) if p is not None]
+        self.values, self.scales, self.ranges = map(torch.nn.ParameterList, (values, scales, ranges[True]))
         self.requires_grad_(trains)
         self._last_reader = {key: number for number, step in enumerate(self._steps) for key in step.inputs}
 
@@ -202,14 +205,14 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
         grid = Grid.of(*bounds, levels=int(node.get_attributes()["levels"]))
         shape = torch.broadcast_shapes(*(bound.shape for bound in bounds))
         raw = [np.ascontiguousarray(bound.numpy()).tobytes() for bound in bounds]
-        content = b"".join([repr(tuple(shape)).encode(), *raw])
+        is_live = source[0] in self._live
+        content = b"".join([repr((tuple(shape), is_live)).encode(), *raw])
         # A quantizer of a constant that is not trained stays as it is.
         is_trained = self._trains and source not in self._constants
-        shared = _Range(shape, grid)
+        shared = _Range(shape, grid, is_live=is_live)
         if is_trained:
             shared = self._ranges.setdefault(content, shared)
         shared.nodes.append((node, bounds))
-        is_live = source[0] in self._live
 
         def quantize(x: Any) -> Any:
             if self.rounds or not is_live:
