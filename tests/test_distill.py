@@ -669,6 +669,13 @@ def test_a_later_state_is_as_good_within_a_standard_error(losses: list[float], i
     assert is_near(losses, [1.0, 2.0, 3.0, 4.0]) == is_as_good
 
 
+def test_a_rate_that_raises_the_loss_is_lowered() -> None:
+    plan = DistillationPlan(runs=(300,), batch=16, peak_rate=0.1)
+    school = open_school(network(), data(), seed=0)
+    outcome = train(network(), school, plan, Run(threads=1, is_judged_later=True)).outcome
+    assert 0 < outcome.best_loss < 2e-4, "six times as much where the rate stays"
+
+
 @pytest.mark.parametrize(
     ("runs", "rate"),
     [
