@@ -67,7 +67,8 @@ def distill(
     A step takes `batch` samples, by default 64, or 16 of what moves much, as photographs do. `peak_rate` is the
     largest change of a weight per step, relative to the size of the channel it makes; by default 0.01 for a model
     with fewer weights than its teacher, else 0.0001. With less than 600 steps, or time for no more, it is lowered by
-    the root of their share, to half at most. Ranges move by up to 0.001 of their size. `augment` mirrors, shifts and
+    the root of their share, to half at most. Ranges of activations move by up to 0.001 of their size, scales of
+    weights no faster than weights. Where the loss rises, all rates fall by half. `augment` mirrors, shifts and
     mixes images (True; one channel of floats is not taken for one), leaves inputs as they are (False), or is a
     function of the inputs of one batch and a `torch.Generator`. With `are_scores` false an output of class scores'
     shape ([B, C]) that no softmax follows is compared by its values: coordinates and embeddings, say, may read like

@@ -83,7 +83,8 @@ class TrainingSettings:
     peak_rate: float = 0.01
     """Of a weight's change per step, relative to the weights' size."""
     range_rate: float = 0.001
-    """Of a range's change per step, relative to its width."""
+    """Of a range's change per step, relative to its width; of a weight's scale too, where that is no more than the
+    peak rate."""
     inner_weight: float = 1.0
     """Of the errors inside the network beside those of its outputs."""
     patience: int = 6
