@@ -673,7 +673,7 @@ def test_a_rate_that_raises_the_loss_is_lowered() -> None:
     plan = DistillationPlan(runs=(300,), batch=16, peak_rate=0.1)
     school = open_school(network(), data(), seed=0)
     outcome = train(network(), school, plan, Run(threads=1, is_judged_later=True)).outcome
-    assert 0 < outcome.best_loss < 2e-4, "six times as much where the rate stays"
+    assert 0 < outcome.best_loss < 2e-4, "7e-4 where the rate stays, 2e-5 where it falls"
 
 
 @pytest.mark.parametrize(
