@@ -295,8 +295,8 @@ def test_what_is_trained_goes_back_into_the_model(kind: str, ends: tuple[float, 
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     mirror.write()
     assert len(mirror.values) == 2, "weight and bias"
-    factors = [*mirror.scales, *mirror.ranges]
-    assert len(factors) == (3 if ends[0] == -0.4 else 2), "scale and range, and the upper end of a skewed one"
+    assert len(mirror.scales) == 1, "of the weight"
+    assert len(mirror.ranges) == (2 if ends[0] == -0.4 else 1), "range, and the upper end of a skewed one"
     check_equality(mirror, calls(model))  # against the model as written
     check_equality(Mirror(model), calls(model))  # and read anew
     after = run(spelled_out(model), calls(model), {"INFERENCE_PRECISION_HINT": "f32"})

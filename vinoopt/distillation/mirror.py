@@ -43,6 +43,10 @@ class _Range:
         """Of the upper end of a skewed range alone."""
         self.nodes: list[tuple[ov.Node, list[Any]]] = []
 
+    def parameters(self) -> list[Any]:
+        """The trained logarithms of factors, each in the shape of the range."""
+        return [self.theta] if self.phi is None else [self.theta, self.phi]
+
     def write(self) -> None:
         """Put the present ranges into the model."""
         factor = torch.exp(self.theta.detach().cpu())
@@ -97,10 +101,9 @@ class Mirror(torch.nn.Module):  # type: ignore[misc]
         self._steps = fused(self._read(model), self._kept_keys())
         values = [p for weight in self._weights for p in weight.parameters()[:1]]
         scales = [p for weight in self._weights for p in weight.parameters()[1:]]
-        ranges: dict[bool, list[Any]] = {True: [], False: scales}
-        for each in self._ranges.values():
-            ranges[each.is_live] += [p for p in (each.theta, each.phi) if p is not None]
-        self.values, self.scales, self.ranges = map(torch.nn.ParameterList, (values, scales, ranges[True]))
+        scales += [p for each in self._ranges.values() if not each.is_live for p in each.parameters()]
+        ranges = [p for each in self._ranges.values() if each.is_live for p in each.parameters()]
+        self.values, self.scales, self.ranges = map(torch.nn.ParameterList, (values, scales, ranges))
         self.requires_grad_(trains)
         self._last_reader = {key: number for number, step in enumerate(self._steps) for key in step.inputs}
 

@@ -227,6 +227,7 @@ class Training:
         if not self._parameters:
             raise DistillationError("the model holds no weights that could be trained")
         self._device = self._parameters[0].device
+        self._rows = [(p, _row_sizes(p.detach())) for p in self.student.values if _has_rows(p)]
         self._optimizer = self._made_optimizer()
         self._generator = torch.Generator().manual_seed(self.settings.seed)
         self._order: list[int] = []
@@ -361,7 +362,6 @@ class Training:
 
     def _made_optimizer(self) -> Any:
         groups = []
-        self._rows = [(p, _row_sizes(p.detach())) for p in self.student.values if _has_rows(p)]
         for p in self.student.values:
             size = max(float(p.detach().square().mean().sqrt()), _SMALLEST_SIZE)
             groups.append({"params": [p], "base": self.settings.peak_rate * size, "is_paced": True})
@@ -625,7 +625,7 @@ def _has_rows(values: Any) -> bool:
 
 
 def _row_sizes(values: Any) -> Any:
-    """The size of every row, along the first axis that has several, over that of the whole."""
+    """The size of every row, along the first axis that has several, over that of the whole; 1 along other axes."""
     row = next(axis for axis, size in enumerate(values.shape) if size > 1)
     within = tuple(axis for axis in range(values.ndim) if axis != row)
     squares = values.square().mean(within, keepdim=True)
